@@ -1,0 +1,1 @@
+"""Passes that change nothing and refuse what cannot be ported."""

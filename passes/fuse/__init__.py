@@ -1,0 +1,1 @@
+"""Passes that replace a subgraph by one standard operator or one matmul."""

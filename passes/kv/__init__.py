@@ -1,0 +1,1 @@
+"""Passes that change how the KV cache is kept."""

@@ -1,0 +1,1 @@
+"""How far one model's outputs are from another's."""

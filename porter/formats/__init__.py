@@ -1,0 +1,1 @@
+"""Number formats in numpy: element codes, blocks, rounding; knows no graph."""

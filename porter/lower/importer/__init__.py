@@ -1,0 +1,1 @@
+"""ONNX to Relax: one table, one small function per operator."""

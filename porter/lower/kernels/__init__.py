@@ -1,0 +1,1 @@
+"""Kernel templates in TIR, reached by call_tir: quantized data is decoded in registers, never as a whole."""

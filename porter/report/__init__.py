@@ -1,0 +1,1 @@
+"""A drift report as terminal table, JSON, HTML and JUnit."""

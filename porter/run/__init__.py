@@ -1,0 +1,1 @@
+"""Runners: one protocol over ONNX Runtime and compiled bundles."""

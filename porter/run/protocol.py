@@ -1,0 +1,31 @@
+"""Runner: what every runnable thing offers, be it ONNX Runtime or a compiled bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from porter.context import Feeds
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output: a numpy dtype and one entry per axis, an int or a symbolic name."""
+
+    dtype: np.dtype
+    shape: tuple[int | str, ...]
+
+
+class Runner(Protocol):
+    """Runs a model. `inputs` and `outputs` are in graph order; `in_place` maps an output to the input it overwrites."""
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    in_place: Mapping[str, str]
+
+    def run(self, feeds: Feeds) -> Feeds:
+        """Outputs by name. An input that `in_place` names is written to and comes back as that output."""
+        ...
