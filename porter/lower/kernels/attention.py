@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from porter.lower.kernels.codecs import CODECS
-from porter.lower.kernels.define import Dim, Spec, T, define, f32, i64, local, loop, store, tirx
+from porter.lower.kernels.define import Dim, Expr, Spec, T, define, f32, i64, local, loop, store, tirx
 
 TILE = 8  # keys between two rescalings of the accumulator
 LOWEST = -3.4e38  # a finite "minus infinity": exp(-inf - LOWEST) is 0, exp(-inf - -inf) would be NaN
@@ -89,7 +89,7 @@ def _rows(spec: Attention, at: dict[str, tirx.Buffer], dims: dict[str, tirx.Var]
 
 
 def _row(
-    spec: Attention, at: dict[str, tirx.Buffer], b: tirx.PrimExpr, h: tirx.PrimExpr, i: tirx.PrimExpr, seen: tirx.PrimExpr
+    spec: Attention, at: dict[str, tirx.Buffer], b: Expr, h: Expr, i: Expr, seen: Expr
 ) -> None:
     query, out, score = local(spec.key.width), local(spec.value.width), local(TILE)
     top, new_top, total, fade = local(1), local(1), local(1), local(1)
@@ -124,19 +124,19 @@ def _row(
         store(at["y"], tirx.Select(total[0] > f32(0), out[d] / total[0], f32(0)), b, h, i, d)
 
 
-def _softcap(spec: Attention, value: tirx.PrimExpr) -> tirx.PrimExpr:
+def _softcap(spec: Attention, value: Expr) -> Expr:
     return T.tanh(value / f32(spec.softcap)) * f32(spec.softcap) if spec.softcap else value
 
 
 def _masked(
     spec: Attention,
     at: dict[str, tirx.Buffer],
-    value: tirx.PrimExpr,
-    b: tirx.PrimExpr,
-    h: tirx.PrimExpr,
-    i: tirx.PrimExpr,
-    j: tirx.PrimExpr,
-) -> tirx.PrimExpr:
+    value: Expr,
+    b: Expr,
+    h: Expr,
+    i: Expr,
+    j: Expr,
+) -> Expr:
     if not spec.mask:
         return value
     index = [i64(0) if dim == 1 else where for dim, where in zip(spec.mask, (b, h, i, j), strict=True)]
@@ -145,8 +145,8 @@ def _masked(
 
 
 def _dot(
-    cache: Cache, at: dict[str, tirx.Buffer], query: tirx.Buffer, b: tirx.PrimExpr, head: tirx.PrimExpr, j: tirx.PrimExpr
-) -> tirx.PrimExpr:
+    cache: Cache, at: dict[str, tirx.Buffer], query: tirx.Buffer, b: Expr, head: Expr, j: Expr
+) -> Expr:
     """Emit q · k[j] and return it; partial sums stand in lanes so that the loop is one vector multiply-add."""
     codec = CODECS[cache.codec]
     words = cache.width // codec.per_word
@@ -170,10 +170,10 @@ def _add_value(
     cache: Cache,
     at: dict[str, tirx.Buffer],
     out: tirx.Buffer,
-    weight: tirx.PrimExpr,
-    b: tirx.PrimExpr,
-    head: tirx.PrimExpr,
-    j: tirx.PrimExpr,
+    weight: Expr,
+    b: Expr,
+    head: Expr,
+    j: Expr,
 ) -> None:
     """out += weight * v[j]."""
     codec = CODECS[cache.codec]

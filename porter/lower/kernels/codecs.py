@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from porter.lower.kernels.define import T, f32, tirx
+from porter.lower.kernels.define import Expr, T, f32, tirx
 
 # The magnitude bits of an 8-bit float, shifted to where float32 keeps its exponent and mantissa, are its value times
 # 2^-(127 - bias), subnormals included; one multiplication by the opposite power of two is then exact. (A cast of
@@ -22,7 +22,7 @@ class Codec:
     name: str
     storage: str
     per_word: int
-    decode: Callable[[tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]  # (word, which code of it, int32) -> float32
+    decode: Callable[[Expr, Expr], Expr]  # (word, which code of it, int32) -> float32
 
     @property
     def bits(self) -> int:
@@ -34,11 +34,11 @@ def _const(value: int) -> tirx.IntImm:
     return tirx.IntImm("int32", value)
 
 
-def _decode_fp8(name: str) -> Callable[[tirx.PrimExpr, tirx.PrimExpr], tirx.PrimExpr]:
+def _decode_fp8(name: str) -> Callable[[Expr, Expr], Expr]:
     mantissa, bias = _FP8[name]
     exponent_max = 127 >> mantissa << mantissa  # magnitude bits with the exponent all ones
 
-    def decode(word: tirx.PrimExpr, _: tirx.PrimExpr) -> tirx.PrimExpr:
+    def decode(word: Expr, _: Expr) -> Expr:
         code = tirx.Cast("int32", word)
         magnitude = code & _const(127)
         bits = ((code & _const(128)) << _const(24)) | (magnitude << _const(23 - mantissa))
@@ -53,7 +53,7 @@ def _decode_fp8(name: str) -> Callable[[tirx.PrimExpr, tirx.PrimExpr], tirx.Prim
     return decode
 
 
-def _decode_int4(word: tirx.PrimExpr, which: tirx.PrimExpr) -> tirx.PrimExpr:
+def _decode_int4(word: Expr, which: Expr) -> Expr:
     """Two's complement nibbles; the first code stands in the low one (the order of ONNX)."""
     shifted = tirx.Cast("int32", word) << (_const(28) - _const(4) * which)
     return tirx.Cast("float32", shifted >> _const(28))

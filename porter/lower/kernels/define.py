@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import tvm
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
@@ -17,7 +18,7 @@ def define(name: str, buffers: Sequence[Spec], body: Callable[..., None]) -> tir
     """A PrimFunc whose parameters are `buffers`, in order.
 
     Each buffer is (name, shape, dtype); a string in a shape is a dimension known only at run time, and the same
-    string is the same dimension. `body` is called with the buffers, then with the symbolic dimensions by keyword, and
+    string is the same dimension. A dtype of "scalar" makes an int64 argument of the name instead of a buffer. `body` is called with the buffers, then with the symbolic dimensions by keyword, and
     emits the statements. The body stands in one opaque block, as Relax demands of what `call_tir` calls.
     """
     symbols: dict[str, tirx.Var] = {}
@@ -28,9 +29,14 @@ def define(name: str, buffers: Sequence[Spec], body: Callable[..., None]) -> tir
     with IRBuilder() as builder:
         with T.prim_func(is_private=False, s_tir=True):
             T.func_name(name)
-            handles = [T.arg(n, T.handle()) for n, _, _ in buffers]
+            handles = [
+                T.arg(n, symbols.setdefault(n, tirx.Var(n, "int64")) if dtype == "scalar" else T.handle())
+                for n, _, dtype in buffers
+            ]
             matched = []
             for handle, (n, shape, dtype) in zip(handles, buffers, strict=True):
+                if dtype == "scalar":
+                    continue
                 dims = tuple(symbols[d] if isinstance(d, str) else tirx.IntImm("int64", d) for d in shape)
                 matched.append(T.match_buffer(handle, dims, dtype))
                 IRBuilder.name(n, matched[-1])
@@ -46,13 +52,13 @@ def local(size: int, dtype: str = "float32") -> tirx.Buffer:
     return T.alloc_buffer((size,), dtype)
 
 
-def loop(extent: tirx.PrimExpr | int, kind: str = "serial") -> object:
+def loop(extent: Expr | int, kind: str = "serial") -> object:
     """`with loop(n) as i:`, int64; kind is serial, parallel, vectorized or unroll."""
     extent = tirx.IntImm("int64", extent) if isinstance(extent, int) else extent
     return {"serial": T.serial, "parallel": T.parallel, "vectorized": T.vectorized, "unroll": T.unroll}[kind](extent)
 
 
-def store(buffer: tirx.Buffer, value: tirx.PrimExpr, *indices: tirx.PrimExpr | int) -> None:
+def store(buffer: tirx.Buffer, value: Expr, *indices: Expr | int) -> None:
     """`buffer[indices] = value`."""
     T.buffer_store(buffer, value, list(indices))
 
@@ -67,4 +73,4 @@ def f32(value: float) -> tirx.FloatImm:
     return tirx.FloatImm("float32", value)
 
 
-__all__ = ["Dim", "Spec", "T", "define", "f32", "i64", "local", "loop", "store", "tirx", "tvm"]
+__all__ = ["Dim", "Expr", "Spec", "T", "define", "f32", "i64", "local", "loop", "store", "tirx", "tvm"]

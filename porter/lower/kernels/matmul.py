@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from porter.lower.kernels.codecs import CODECS, Codec, pack_pairs
-from porter.lower.kernels.define import Spec, define, f32, i64, local, loop, store, tirx
+from porter.lower.kernels.define import Expr, Spec, define, f32, i64, local, loop, store, tirx
 
 LANES = 16  # two AVX2 registers of float32
 ROWS = 4  # rows of x that share one decoded weight vector: 4 x 16 accumulators fill half the AVX2 registers
@@ -98,7 +98,7 @@ def matmul(layout: Layout) -> tirx.PrimFunc:
     def body(x, *rest, m):  # noqa: ANN001, ANN002, ANN202
         *weight, y = rest
 
-        def column(block: tirx.PrimExpr, width: int) -> None:
+        def column(block: Expr, width: int) -> None:
             with loop(m // i64(ROWS)) as tile:
                 _tile(layout, x, weight, y, block, width, tile * i64(ROWS), ROWS)
             with loop(m % i64(ROWS)) as row:
@@ -120,9 +120,9 @@ def _tile(
     x: tirx.Buffer,
     weight: list[tirx.Buffer],
     y: tirx.Buffer,
-    block: tirx.PrimExpr,
+    block: Expr,
     width: int,
-    row: tirx.PrimExpr,
+    row: Expr,
     rows: int,
 ) -> None:
     """y[row:row+rows, block*LANES:+width]: every weight vector is decoded once for all the rows."""
@@ -140,7 +140,7 @@ def _tile(
             store(y, acc[i64(r * LANES) + v], row + i64(r), block * i64(LANES) + v)
 
 
-def _load_scale(weight: list[tirx.Buffer], block: tirx.PrimExpr, group: tirx.PrimExpr) -> tirx.Buffer | None:
+def _load_scale(weight: list[tirx.Buffer], block: Expr, group: Expr) -> tirx.Buffer | None:
     if len(weight) == 1:
         return None
     scale = local(LANES)
@@ -155,9 +155,9 @@ def _accumulate(
     codes: tirx.Buffer,
     scale: tirx.Buffer | None,
     acc: tirx.Buffer,
-    block: tirx.PrimExpr,
-    word: tirx.PrimExpr,
-    row: tirx.PrimExpr,
+    block: Expr,
+    word: Expr,
+    row: Expr,
     rows: int,
 ) -> None:
     """acc[r, :] += x[row + r, k] * decode(W[:, k]) for each k of one storage word."""
@@ -193,7 +193,7 @@ def gather(layout: Layout) -> tirx.PrimFunc:
     return define(f"gather_{layout.name}", buffers, body)
 
 
-def _word(layout: Layout, codes: tirx.Buffer, row: tirx.PrimExpr, k: tirx.PrimExpr) -> tuple[tirx.PrimExpr, tirx.PrimExpr]:
+def _word(layout: Layout, codes: tirx.Buffer, row: Expr, k: Expr) -> tuple[Expr, Expr]:
     per_word = layout.codec.per_word
     word = codes[row // i64(LANES), k // i64(per_word), row % i64(LANES)]
     return word, tirx.Cast("int32", k % i64(per_word))

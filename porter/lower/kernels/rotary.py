@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from porter.lower.kernels.define import Dim, Spec, define, i64, loop, store, tirx
+from porter.lower.kernels.define import Dim, Expr, Spec, define, i64, loop, store, tirx
 
 
 def rotary(heads: int, width: int, rotated: int, *, interleaved: bool, table: Dim | None, cos_batch: Dim = "b") -> tirx.PrimFunc:
@@ -17,7 +17,7 @@ def rotary(heads: int, width: int, rotated: int, *, interleaved: bool, table: Di
     def body(x, cos, sin, *rest, b, s, **_):  # noqa: ANN001, ANN002, ANN003, ANN202
         *positions, y = rest
 
-        def angle(buffer: tirx.Buffer, batch: tirx.PrimExpr, step: tirx.PrimExpr, i: tirx.PrimExpr) -> tirx.PrimExpr:
+        def angle(buffer: tirx.Buffer, batch: Expr, step: Expr, i: Expr) -> Expr:
             if positions:
                 return buffer[positions[0][batch, step], i]
             return buffer[i64(0) if cos_batch == 1 else batch, step, i]
