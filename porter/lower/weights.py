@@ -64,7 +64,7 @@ def write(parameters: list[Parameter], path: Path, progress: Callable[[int], Non
 
 
 def _write_one(parameter: Parameter, file: BinaryIO) -> None:
-    array = np.ascontiguousarray(parameter.make())
+    array = np.require(parameter.make(), requirements="C")
     assert array.shape == parameter.shape, (parameter.name, array.shape, parameter.shape)
     assert array.dtype == np.dtype(parameter.dtype), (parameter.name, array.dtype, parameter.dtype)
     file.write(array.data.cast("B") if array.size else b"")

@@ -121,6 +121,10 @@ def _size_like(imp: Importer, table: relax.Expr, axis: int, like: relax.Expr) ->
     return size if dtype == "int64" else imp.emit(op.astype(size, dtype))
 
 
+def _gather_nd(imp: Importer, node: ir.Node, data: Value, indices: Value) -> Value:
+    return imp.emit(op.gather_nd(imp.tensor(data), imp.tensor(indices), int(attribute(node, "batch_dims", 0))))
+
+
 def _gather_rows(imp: Importer, table: Weight | Quantized, indices: relax.Expr) -> Value:
     layout, parameters = _packed(imp, table)
     if str(indices.ty.dtype) != "int64":
@@ -137,4 +141,5 @@ TABLE: dict[str, Callable[..., Value]] = {
     "Gemm": _gemm,
     "Transpose": _transpose,
     "Gather": _gather,
+    "GatherND": _gather_nd,
 }

@@ -49,8 +49,10 @@ class Imported:
 class Importer:
     """Holds what the operator functions share: the block builder, known values, weights and kernels."""
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, bounds: dict[str, int]) -> None:
+        """`bounds` are upper bounds of symbolic dimensions: they plan memory, and prove clamped sizes equal."""
         self.model = model
+        self.bounds = bounds
         self.builder = relax.BlockBuilder()
         self.analyzer = tvm.sym.Analyzer()
         self.symbols: dict[str, tirx.Var] = {}
@@ -62,14 +64,14 @@ class Importer:
         self._inputs: dict[relax.Var, str] = {}
         self.current = ""  # the node being imported, for messages
 
-    def run(self, bounds: dict[str, int]) -> Imported:
-        """Import the whole graph. `bounds` are upper bounds of symbolic dimensions, for planning memory.
+    def run(self) -> Imported:
+        """Import the whole graph.
 
         Raises TargetError PORT-0410 for an operator without importer and PORT-0411 when one cannot be lowered.
         """
         graph = self.model.graph
         inputs = [self._input(v) for v in graph.inputs if not v.is_initializer()]
-        known = {name: bound for name, bound in bounds.items() if name in self.symbols}
+        known = {name: bound for name, bound in self.bounds.items() if name in self.symbols}
         attrs = {"tir_var_upper_bound": known, "num_input": len(inputs)}
         with self.builder.function("main", attrs=attrs):
             with self.builder.dataflow():
@@ -190,7 +192,7 @@ class Importer:
     def _symbol(self, name: str) -> tirx.Var:
         if name not in self.symbols:
             self.symbols[name] = tirx.Var(name, "int64")
-            self.analyzer.bind(self.symbols[name], tvm.ir.Range(0, 1 << 24))
+            self.analyzer.bind(self.symbols[name], tvm.ir.Range(0, self.bounds.get(name, 1 << 24) + 1))
         return self.symbols[name]
 
     def _node(self, node: ir.Node) -> None:
@@ -237,7 +239,7 @@ class Importer:
             raise TargetError("PORT-0413", f"a constant of type {array_type} cannot be lowered here",
                               where=weight.value.name or "?")  # fmt: skip
         if int(np.prod(weight.shape)) <= SMALL:
-            return relax.const(np.ascontiguousarray(weight.numpy()), DTYPES[array_type])
+            return relax.const(np.array(weight.numpy(), order="C"), DTYPES[array_type])
         key = (weight.value.name, "plain", weight.transposed)
         return self.weights.parameter(key, weight.shape, DTYPES[array_type], weight.numpy)
 

@@ -13,7 +13,7 @@ from porter.errors import TargetError
 from porter.lower.importer.attributes import attribute, axis_of
 from porter.lower.importer.elementwise import as_ints
 from porter.lower.importer.program import Importer
-from porter.lower.importer.values import Ints, Value, Weight
+from porter.lower.importer.values import Ints, Sequence, Value, Weight
 from porter.lower.kernels.integers import counting
 
 op = relax.op
@@ -130,6 +130,23 @@ def _split(imp: Importer, node: ir.Node, x: Value, sizes: Value | None = None) -
     return tuple(imp.emit(relax.TupleGetItem(parts, i)) for i in range(len(wanted)))
 
 
+def _split_to_sequence(imp: Importer, node: ir.Node, x: Value, sizes: Value | None = None) -> Value:
+    """A sequence is a Python tuple here; each part keeps its axis (keepdims=0 with equal parts is not exported)."""
+    tensor = imp.tensor(x)
+    dims = imp.shape(tensor)
+    axis = axis_of(node, len(dims), 0)
+    wanted = imp.ints(sizes) or [1] * int(dims[axis])
+    if isinstance(sizes, Weight) and not sizes.shape:
+        whole, tail = divmod(int(dims[axis]), wanted[0])
+        wanted = [wanted[0]] * whole + [tail] * bool(tail)
+    parts = imp.emit(op.split(tensor, [int(e) for e in np.cumsum(wanted)[:-1]], axis=axis))
+    return Sequence(tuple(imp.emit(relax.TupleGetItem(parts, i)) for i in range(len(wanted))))
+
+
+def _sequence_at(imp: Importer, node: ir.Node, sequence: Value, position: Value) -> Value:
+    return sequence.parts[int(_known(imp, position, "a position in a sequence")[0])]
+
+
 def _slice(imp: Importer, node: ir.Node, x: Value, starts: Value | None = None, ends: Value | None = None,
            axes: Value | None = None, steps: Value | None = None) -> Value:  # fmt: skip
     first = attribute(node, "starts") if starts is None else _known(imp, starts, "the start of a Slice")
@@ -241,6 +258,8 @@ TABLE: dict[str, Callable[..., Value]] = {
     "Squeeze": _squeeze,
     "Concat": _concat,
     "Split": _split,
+    "SplitToSequence": _split_to_sequence,
+    "SequenceAt": _sequence_at,
     "Slice": _slice,
     "Expand": _expand,
     "ConstantOfShape": _constant_of_shape,

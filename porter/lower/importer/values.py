@@ -73,7 +73,14 @@ class Quantized:
         return replace(self, transposed=not self.transposed)
 
 
-Value = relax.Expr | Ints | Weight | Quantized
+@dataclass(frozen=True)
+class Sequence:
+    """An ONNX sequence whose length is known."""
+
+    parts: tuple[relax.Expr, ...]
+
+
+Value = Sequence | relax.Expr | Ints | Weight | Quantized
 
 
 def _plain(value: object) -> object:
