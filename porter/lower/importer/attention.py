@@ -105,7 +105,7 @@ def _rms_norm(imp: Importer, node: ir.Node, x: Value, scale: Value) -> Value:
     weight = _vector(imp, scale, dims[-1])
     rows: Any = 1
     for dim in dims[:-1]:
-        rows = dim * rows
+        rows = rows * dim
     kernel = imp.kernel(("rms_norm", dims[-1], epsilon), lambda: rms_norm(dims[-1], epsilon))
     flat = imp.emit(op.reshape(tensor, [rows, dims[-1]]))
     return imp.emit(op.reshape(imp.call(kernel, [flat, weight], [rows, dims[-1]], "float32"), dims))

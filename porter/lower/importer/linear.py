@@ -67,7 +67,7 @@ def _matmul(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
 def _rows(lead: list[object]) -> object:
     total: object = 1
     for dim in lead:
-        total = dim * total  # type: ignore[operator]
+        total = total * dim  # type: ignore[operator]
     return total
 
 

@@ -73,7 +73,7 @@ def _quotient(imp: Importer, above: list[Any], below: list[Any]) -> Any:
 def _product(factors: list[Any]) -> Any:
     total: Any = 1
     for factor in factors:
-        total = factor * total
+        total = total * factor
     return total
 
 
