@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -51,7 +52,8 @@ def load(path: str | os.PathLike) -> ir.Model:
     proto = untrusted.read(path)
     try:
         untrusted.check(proto)
-        model = ir.from_proto(proto)
+        with _quiet(logging.getLogger("onnx_ir.serde")):  # verify says it, as an error
+            model = ir.from_proto(proto)
         pin(model, path.parent)
         _verify_sorted(model)
     except ModelError:
@@ -60,6 +62,15 @@ def load(path: str | os.PathLike) -> ir.Model:
         what = f"the model is damaged: {shown(_root(error))}"
         raise ModelError("PORT-0127", what, where=str(path)) from error
     return model
+
+
+@contextlib.contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _verify_sorted(model: ir.Model) -> None:

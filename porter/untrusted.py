@@ -32,11 +32,11 @@ _MISTAKEN = (
 Scope = onnx.GraphProto | onnx.FunctionProto
 
 
-def shown(name: object) -> str:
+def shown(name: object, limit: int = 120) -> str:
     """A name from a model as it is safe to print: short, and without control characters."""
     text = str(name)
     text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def read(path: Path) -> onnx.ModelProto:
