@@ -223,7 +223,8 @@ def check_finite(model: ir.Model) -> None:
     Masks are let through: scalars (a bound of Clip, a filler of Where), and tensors whose finite values are all zero
     and whose others are -inf.
     """
-    for tensor in [*_weights(model), *_constants(model)]:
+    named = [(v.name, v.const_value) for v in _initialized(model)]
+    for name, tensor in [*named, *((t.name, t) for t in _constants(model))]:
         if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 8:
             continue
         for start, part in _chunks(tensor):
@@ -234,7 +235,7 @@ def check_finite(model: ir.Model) -> None:
                     f"the tensor holds {int(bad.sum())} or more values that are not finite, the first at {at}"
                 )
                 hint = "the training or a cast overflowed; look at the checkpoint"
-                raise ModelError("PORT-0126", what, where=shown(tensor.name), hint=hint)
+                raise ModelError("PORT-0126", what, where=shown(name or "a Constant"), hint=hint)
 
 
 def _is_mask(part: np.ndarray) -> bool:

@@ -46,7 +46,11 @@ def build(
     if mask:
         inputs.append(f"int64[batch,total] {mask}")
         attn_mask = "m"
-        body += [f"m0 = Cast<to = 9>({mask})", "m1 = Unsqueeze(m0, axes)", f"t = Shape<start = 1, end = 2>({tokens})"]
+        body += [
+            f"m0 = Cast<to = 9>({mask})",
+            "m1 = Unsqueeze(m0, axes)",
+            f"t = Shape<start = 1, end = 2>({tokens})",
+        ]
         body += ["e = Concat<axis = 0>(axes_before, t, axes_after)", "m = Expand(m1, e)"]
     outputs = [f"float[batch,sequence,{VOCABULARY}] {output}"]
     if past:
@@ -93,7 +97,9 @@ def build(
         "axes_before": [1, 1],
         "axes_after": [1],
     }
-    arrays = {n: a.astype(np.float32) for n, a in weights.items()} | {n: np.array(a) for n, a in shapes.items()}
+    arrays = {n: a.astype(np.float32) for n, a in weights.items()} | {
+        n: np.array(a) for n, a in shapes.items()
+    }
     tensors = [ir.tensor(a, name=n) for n, a in arrays.items() if re.search(rf"[(, ]{n}[,)]", text)]
     return ir.from_onnx_text(text, initializers=tensors)
 
