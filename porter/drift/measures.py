@@ -30,11 +30,11 @@ class Drift:
     """How far a candidate is from a reference, over `tokens` scored positions. None: not measured.
 
     `kl_mean` is KL(reference || candidate) in nats per position; `kl_ci95` the half width of the 95 %
-    interval of that mean; `kl_p999` its 99.9 % quantile (nearest rank above; below 1000 positions the maximum).
+    interval of that mean; `kl_p999` its 99.9 % quantile (nearest rank; below 1000 positions the maximum);
     `top1` is the share of positions where both rank the same token first. `rms_dp` is the root mean square
     change of the true token's probability, 0 to 1. `ppl` is the candidate's perplexity, `ppl_ratio` that over
     the reference's. `max_abs` and `sqnr_db` compare the outputs themselves: the largest difference, and
-    10 log10 of signal over noise power (inf when equal). `cosine`, the mean over hidden vectors, is for models
+    10 log10 of signal over noise power (inf when equal). `cosine`, a mean over hidden vectors, is for models
     without logits, whose other fields but `max_abs`, `sqnr_db` and `tokens` are None.
 
     A candidate that is not a number somewhere has there infinite KL, no agreement, infinite error.
@@ -177,7 +177,7 @@ def half_width(values: np.ndarray, text: np.ndarray) -> float | None:
     """Half width of the 95 % confidence interval of the mean of `values`, whose neighbours are correlated.
 
     Positions of one text are not independent, so the unit is the text: with clusters of size n_i and sum s_i
-    the mean m is a ratio of sums, and its variance is G/(G-1) sum (s_i - m n_i)^2 / N^2 (W. G. Cochran, Sampling
+    the mean m is a ratio of sums, and its variance is G/(G-1) sum (s_i - m n_i)^2 / N^2 (W. Cochran, Sampling
     Techniques, 3rd ed., 1977, chapters 6 and 9A), times Student's t with G-1 degrees of freedom. With fewer
     than 8 texts each is cut into blocks of consecutive positions, about 20 in all (batch means).
     None when there is but one cluster; inf when the mean is not finite.
@@ -270,7 +270,7 @@ def _score_hidden_piece(reference: np.ndarray, candidate: np.ndarray) -> Scores:
 
 
 def _errors(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np.ndarray]:
-    """Per row: the largest absolute difference, and the sums of squares of the reference and the difference."""
+    """Per row: the largest absolute difference, and sums of squares of the reference and the difference."""
     a, b = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         difference = np.where(a == b, 0.0, np.abs(a - b))  # a == b also where both are -inf
