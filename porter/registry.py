@@ -41,6 +41,17 @@ def find(name: str) -> type[Pass] | Pass:
     raise PassError("PORT-0201", f"there is no pass named {name!r}", hint="porter passes lists them")
 
 
+def describe() -> list[dict[str, str]]:
+    """Every pass that can be named: built-in ones, then those of installed packages."""
+    names = builtin() + sorted({e.name for e in entry_points(group=GROUP)} - set(builtin()))
+    rows = []
+    for name in names:
+        found = find(name)
+        doc = (inspect.getmodule(found) or found).__doc__ if inspect.isclass(found) else ""
+        rows.append({"name": name, "promise": found.promise.value, "what": (doc or "").strip().split("\n")[0]})
+    return rows
+
+
 def _from_file(path: Path) -> type[Pass]:
     if not path.is_file():
         raise PassError("PORT-0201", "there is no such pass file", where=str(path))

@@ -37,11 +37,18 @@ class Decode:
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Feed `tokens` int[batch, sequence] and return float32 [batch, sequence, vocabulary].
 
-        An encoder returns its hidden states, and remembers nothing. Raises OptionError PORT-0141 for tokens of
+        More tokens than the runner takes at once are fed in pieces. An encoder returns its hidden states, and remembers nothing. Raises OptionError PORT-0141 for tokens of
         another batch or outside the vocabulary, PORT-0142 when they exceed the cache or the context.
         """
         tokens = np.asarray(tokens)
         self._check(tokens)
+        most = self._runner.bounds.get("sequence", 0) if self._decoder.caches else 0
+        if not most or tokens.shape[1] <= most:
+            return self._feed(tokens)
+        pieces = [tokens[:, at : at + most] for at in range(0, tokens.shape[1], most)]
+        return np.concatenate([self._feed(p) for p in pieces], axis=1)
+
+    def _feed(self, tokens: np.ndarray) -> np.ndarray:
         step = feeds(self._decoder, tokens, self.length, self.caches, self._runner.inputs)
         outputs = self._runner.run(step)
         if self._decoder.caches:

@@ -46,6 +46,7 @@ class ReferenceRunner:
 
     def __init__(self, model: str | os.PathLike | ir.Model) -> None:
         self.in_place: Mapping[str, str] = {}
+        self.bounds: Mapping[str, int] = {}
         self.engine = "onnxruntime"
         if isinstance(model, ir.Model):
             with tempfile.TemporaryDirectory(prefix="porter-") as folder:
