@@ -1,13 +1,12 @@
-"""PyTorch -> ONNX: a local Hugging Face folder or a factory becomes one checked file with an explicit KV cache.
+"""PyTorch -> ONNX: a Hugging Face folder or a factory becomes one checked file with an explicit KV cache.
 
-`load -> trace -> clean -> write -> check -> publish`. torch.onnx runs with `optimize=False`, because its optimizer
-drops `x + c` for |c| <= 1e-8 and with it the epsilon of some norms; the cleaning here changes no arithmetic. The file
-is checked against PyTorch before it gets its name.
+`load -> trace -> clean -> write -> check -> publish`. torch.onnx runs with `optimize=False`, because its
+optimizer drops `x + c` for |c| <= 1e-8 and with it the epsilon of some norms; the cleaning here changes no
+arithmetic. The file is checked against PyTorch before it gets its name.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from porter import __version__
 from porter.errors import ExportError
 
 if TYPE_CHECKING:
@@ -33,17 +31,16 @@ if TYPE_CHECKING:
 
 TORCH = "2.13"
 OPSETS = (23, 24)
-_PREFIX = "inner."
 
 
 @dataclass(frozen=True)
 class ExportReport:
     """What was written and how close it is to PyTorch.
 
-    `inputs` and `outputs` are the graph's; `parameters` counts weights once; `probes` compare the written file with
-    PyTorch; `max_abs` is the largest difference of the first output (logits or hidden states) over all of them.
-    `left_out` are weights of the folder that the export does not use; `tokenizer` is the folder of tokenizer files,
-    if there were any.
+    `inputs` and `outputs` are the graph's; `parameters` counts weights once; `probes` compare the written
+    file with PyTorch; `max_abs` is the largest difference of the first output (logits or hidden states) over
+    all of them. `left_out` are weights of the folder that the export does not use; `tokenizer` is the folder
+    of tokenizer files, if there were any.
     """
 
     path: Path
@@ -71,28 +68,31 @@ def export(
 ) -> ExportReport:
     """Export `source` (a folder, `package.module:factory` or `file.py:factory`) to the ONNX file `out`.
 
-    `out` gets its weights beside it in `<out>.data` and the tokenizer's files in `<stem>.tokenizer/`; all three appear
-    together or not at all. `progress` is called with the name of each stage. `debug` lets what torch prints through.
-    `_optimize` turns torch's unsound optimizer on, for the test that shows the check refuses what it makes.
-    Raises ExportError PORT-0701 to PORT-0730; PORT-0720 and PORT-0721 with exit code 3.
+    `out` gets its weights beside it in `<out>.data` and the tokenizer's files in `<stem>.tokenizer/`; all
+    three appear together or not at all. `progress` is called with the name of each stage. `debug` lets what
+    torch prints through. `_optimize` turns torch's unsound optimizer on, for the test that shows the check
+    refuses what it makes. Raises ExportError PORT-0701 to PORT-0730; PORT-0720 and PORT-0721 with exit code
+    3.
     """
     say, start, out = progress or (lambda stage: None), time.perf_counter(), Path(out)
     _check_options(out, opset)
     _check_installed()
     from porter.export_check import check
+    from porter.export_clean import clean
     from porter.export_source import load
 
-    say("load")
-    with _quiet(debug):
-        flat = load(str(source))
-    say("trace")
-    with _quiet(debug):
-        model = _trace(flat, opset, _optimize)
-    say("clean")
-    clean(model, flat)
     with _staged(out) as folder:
+        say("load")
+        with _quiet(debug):
+            flat = load(str(source))
+        say("trace")
+        with _quiet(debug):
+            model = _trace(flat, opset, _optimize)
+        say("clean")
+        clean(model, flat)
         say("write")
-        _write(model, folder / out.name, flat)
+        with _writing(out):
+            _write(model, folder / out.name, flat)
         say("check")
         with _quiet(debug):
             probes = check(folder / out.name, model, flat)
@@ -156,9 +156,23 @@ def _trace(flat: Source, opset: int, optimize: bool) -> ir.Model:
         )
     except Exception as error:  # torch.onnx wraps whatever the model raises
         cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        hint = "forward must not decide by the values of tensors, nor fix batch, sequence or past; --debug shows all"
-        raise ExportError("PORT-0712", f"torch.onnx cannot export the model: {cause[0]}", hint=hint) from error
+        hint = "forward must not decide by the values of tensors, nor fix a size; --debug shows all"
+        raise ExportError(
+            "PORT-0712", f"torch.onnx cannot export the model: {cause[0]}", hint=hint
+        ) from error
+    _check_free(program.model, flat)
     return program.model
+
+
+def _check_free(model: ir.Model, flat: Source) -> None:
+    """torch.export silently fixes a size that the model branches on. Raises ExportError PORT-0713."""
+    for value in model.graph.inputs:
+        free = ("batch", "sequence") if value.type.dtype == ir.DataType.INT64 else ("batch", "", "past")
+        for axis, name in enumerate(free):
+            if name and isinstance(value.shape[axis], int):
+                what = f"the model only works with {name} {value.shape[axis]}"
+                hint = "forward must not branch on the sizes of its inputs"
+                raise ExportError("PORT-0713", what, where=value.name, hint=hint)
 
 
 def _signature(flat: Source) -> tuple[tuple, dict, list[str], list[str]]:
@@ -168,104 +182,24 @@ def _signature(flat: Source) -> tuple[tuple, dict, list[str], list[str]]:
     batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1)
     if flat.kind == "encoder":
         tokens = [torch.ones(2, 5, dtype=torch.long) for _ in flat.inputs]
-        return (tokens,), {"tokens": [{0: batch, 1: sequence}] * len(tokens)}, [*flat.inputs], ["last_hidden_state"]
+        return (
+            (tokens,),
+            {"tokens": [{0: batch, 1: sequence}] * len(tokens)},
+            [*flat.inputs],
+            ["last_hidden_state"],
+        )
     past = torch.export.Dim("past", min=0)
     random = torch.Generator().manual_seed(0)
     caches = [torch.randn(2, heads, 7, size, generator=random) for heads, size in flat.caches]
     kinds = [f"{i}.{kind}" for i in range(len(caches) // 2) for kind in ("key", "value")]
     shapes = {"input_ids": {0: batch, 1: sequence}, "past": [{0: batch, 2: past}] * len(caches)}
     inputs = ["input_ids", *(f"past_key_values.{k}" for k in kinds)]
-    return (torch.ones(2, 5, dtype=torch.long), caches), shapes, inputs, ["logits", *(f"present.{k}" for k in kinds)]
-
-
-# ---- clean
-
-
-def clean(model: ir.Model, flat: Source) -> None:
-    """Tidy in place, changing no arithmetic: PyTorch names, one copy of tied weights, no dead nodes, no local paths."""
-    import onnx
-
-    common = ir.passes.common
-    _name_weights(model, flat.module)
-    for step in (
-        common.IdentityEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
-        common.RemoveUnusedOpsetsPass(),
-    ):
-        step(model)
-    _clear_metadata(model)
-    model.producer_name, model.producer_version = "porter", __version__
-    opset = onnx.helper.make_opsetid("", model.opset_imports[""])
-    model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for([opset]))
-    model.metadata_props.update(flat.metadata)
-
-
-def _name_weights(model: ir.Model, module: object) -> None:
-    """Give every initializer its PyTorch name; tensors that share memory become one, under the first of their names."""
-    first = _first_names(module)
-    weights = model.graph.initializers
-    for value in list(weights.values()):
-        name = first.get(value.name, value.name).removeprefix(_PREFIX)
-        if name == value.name:
-            continue
-        if name in weights:
-            value.replace_all_uses_with(weights[name])
-            weights.pop(value.name)
-        else:
-            _make_room(model, name)
-            value.name = name
-
-
-def _first_names(module: object) -> dict[str, str]:
-    """Name -> the first name of a parameter or buffer that is the same memory seen the same way."""
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    seen: dict[tuple, str] = {}
-    return {n: seen.setdefault((t.data_ptr() or n, t.dtype, t.shape, t.stride()), n) for n, t in tensors}
-
-
-def _make_room(model: ir.Model, name: str) -> None:
-    """Rename a computed value that holds `name`; an input or output keeps its name, and is no weight's name."""
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name == name:
-                value.name = f"{name}_computed"
-
-
-def _clear_metadata(model: ir.Model) -> None:
-    """Drop the exporter's notes, which hold local paths, except where in the module tree each node comes from."""
-    model.metadata_props.clear()
-    model.doc_string = None
-    for graph in (model.graph, *(f for f in model.functions.values())):
-        graph.metadata_props.clear()
-        graph.doc_string = None
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        _clear_value(value)
-    for node in model.graph.all_nodes():
-        path = _module_path(node)
-        node.metadata_props.clear()
-        node.doc_string = None
-        if path:
-            node.metadata_props["porter.module"] = path
-        for value in node.outputs:
-            _clear_value(value)
-
-
-def _clear_value(value: ir.Value) -> None:
-    value.metadata_props.clear()
-    value.doc_string = None
-    if value.const_value is not None:
-        value.const_value.doc_string = None
-
-
-def _module_path(node: ir.Node) -> str:
-    """`model.layers.0.self_attn` of a node that was traced inside that module, else an empty text."""
-    try:
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-    except (ValueError, SyntaxError):
-        return ""
-    inside = [s for s in scopes[:-1] if s.startswith(_PREFIX)]  # the last is the operation itself
-    return inside[-1].removeprefix(_PREFIX) if inside else ""
+    return (
+        (torch.ones(2, 5, dtype=torch.long), caches),
+        shapes,
+        inputs,
+        ["logits", *(f"present.{k}" for k in kinds)],
+    )
 
 
 # ---- write and publish
@@ -285,19 +219,41 @@ def _save(model: ir.Model, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out`; what is in it moves to its place when the block ends well, and vanishes otherwise."""
+def _writing(out: Path) -> Iterator[None]:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent) as name:
-            new, old = Path(name, "new"), Path(name, "old")
-            new.mkdir()
-            old.mkdir()
-            yield new
-            _publish(new, old, out)
+        yield
     except OSError as error:
         what = f"the output cannot be written: {error.strerror or error}"
         raise ExportError("PORT-0730", what, where=str(out)) from error
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out`; its files move to their place when the block ends well, and vanish otherwise."""
+    with contextlib.ExitStack() as stack:
+        with _writing(out):
+            stack.enter_context(_parents(out.parent))
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent))
+            new, old = Path(name, "new"), Path(name, "old")
+            new.mkdir()
+            old.mkdir()
+        yield new
+        with _writing(out):
+            _publish(new, old, out)
+
+
+@contextlib.contextmanager
+def _parents(folder: Path) -> Iterator[None]:
+    """Make `folder`, and unmake what was made of it when the block fails."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for made in missing:
+                made.rmdir()
+        raise
 
 
 def _publish(new: Path, old: Path, out: Path) -> None:
@@ -316,7 +272,9 @@ def _publish(new: Path, old: Path, out: Path) -> None:
         raise
 
 
-def _report(out: Path, model: ir.Model, flat: Source, probes: tuple[Probe, ...], seconds: float) -> ExportReport:
+def _report(
+    out: Path, model: ir.Model, flat: Source, probes: tuple[Probe, ...], seconds: float
+) -> ExportReport:
     names = _signature(flat)
     return ExportReport(
         path=out,

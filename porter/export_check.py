@@ -1,14 +1,15 @@
 """Compare an exported ONNX file with the PyTorch module it came from, and refuse it when they differ.
 
-Two float32 programs that sum in different orders differ, so equality is no test. A product of length K rounds K times;
-rounding errors walk at random, so it is off by about `eps * sqrt(K)` of its scale, and n products in a row by
-`eps * sqrt(K * n)`. Each output may differ by four times that, measured against its own largest element:
+Two float32 programs that sum in different orders differ, so equality is no test. A product of length K rounds
+K times; rounding errors walk at random, so it is off by about `eps * sqrt(K)` of its scale, and n products in
+a row by `eps * sqrt(K * n)`. Each output may differ by four times that, measured against its own largest
+element:
 
     max |onnx - torch|  <=  4 * 2**-23 * sqrt(K * n) * max |torch|
 
-with K the longest row of any weight and n the number of matrix products. A lost epsilon or a wrong mask is a change
-of the function, not of rounding, and lies orders of magnitude above. NaN or infinity at different places is refused
-whatever the size.
+with K the longest row of any weight and n the number of matrix products. A lost epsilon or a wrong mask is a
+change of the function, not of rounding, and lies orders of magnitude above. NaN or infinity at different
+places is refused whatever the size.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import onnx_ir as ir
 from porter.errors import ExportError
 
 if TYPE_CHECKING:
-    import onnxruntime
     import torch
 
     from porter.export_source import Source
@@ -39,7 +39,7 @@ SAMPLED = 24
 
 @dataclass(frozen=True)
 class Probe:
-    """One comparison: the largest difference of the first output, its scale, and the worst share of the bound.
+    """One comparison: the largest difference of the first output, its scale, the worst share of the bound.
 
     `share` is over all outputs; above 1 the export is refused. `output` is where it was worst.
     """
@@ -58,25 +58,28 @@ class ExportMismatch(ExportError):
 
 
 def check(path: Path, model: ir.Model, flat: Source) -> tuple[Probe, ...]:
-    """Run ONNX Runtime on the file `path` and `flat.module` on the same inputs.
+    """Measure all probes and refuse the file when one is over its bound.
 
-    Raises ExportMismatch PORT-0720 (they differ), PORT-0721 (the cache does not carry the context), PORT-0722 (the
-    file does not run) and ExportError PORT-0723 (PyTorch itself gives NaN or infinity).
+    Raises ExportMismatch PORT-0720 (they differ), PORT-0721 (the cache does not carry the context), PORT-0722
+    (the file does not run) and ExportError PORT-0723 (PyTorch itself gives NaN or infinity), PORT-0724
+    (PyTorch fails).
     """
     allowed = relative_bound(model, flat.module)
-    probes = []
-    if flat.kind == "decoder":
-        probes += _cache_probes(flat, allowed)
-    names = [o.name for o in model.graph.outputs]
-    run = _runner(path, {})
-    for name, inputs in _cases(flat):
-        wanted = _torch(flat, inputs)
-        if not all(np.isfinite(w).all() for w in wanted):
-            raise ExportError("PORT-0723", "the PyTorch model gives NaN or infinity", where=name)
-        probes.append(compare(name, names, wanted, run(inputs), allowed))
-    probes += _zero_row(path, model, flat, names, allowed)
+    against_itself = cache_probes(flat, allowed) if flat.kind == "decoder" else []
+    probes = [*against_itself, *measure(path, model, flat, allowed)]
     _refuse(probes)
     return tuple(probes)
+
+
+def measure(path: Path, model: ir.Model, flat: Source, allowed: float) -> list[Probe]:
+    """Run ONNX Runtime on `path` and `flat.module` on the same inputs; `allowed` is `relative_bound`."""
+    names = [o.name for o in model.graph.outputs]
+    run = _runner(path, {})
+    probes = [
+        compare(name, names, _torch(flat, inputs, name), run(inputs), allowed)
+        for name, inputs in _cases(flat)
+    ]
+    return probes + _zero_row(path, model, flat, names, allowed)
 
 
 def relative_bound(model: ir.Model, module: torch.nn.Module) -> float:
@@ -86,8 +89,10 @@ def relative_bound(model: ir.Model, module: torch.nn.Module) -> float:
     return FACTOR * EPSILON * math.sqrt(longest * max(products, 1))
 
 
-def compare(name: str, outputs: list[str], wanted: list[np.ndarray], got: list[np.ndarray], allowed: float) -> Probe:
-    """One Probe from the outputs of both sides; `share` is infinite where only one side is finite, or shapes differ."""
+def compare(
+    name: str, outputs: list[str], wanted: list[np.ndarray], got: list[np.ndarray], allowed: float
+) -> Probe:
+    """One Probe from both sides; `share` is infinite where only one side is finite, or shapes differ."""
     shares, first = [], (0.0, 0.0)
     for i, (w, g) in enumerate(zip(wanted, got, strict=True)):
         error, scale = _difference(w, g)
@@ -123,7 +128,7 @@ def _refuse(probes: list[Probe]) -> None:
 
 
 def _runner(path: Path, replaced: dict[str, np.ndarray]) -> Callable[[dict], list[np.ndarray]]:
-    """Run the file in ONNX Runtime, with the initializers in `replaced` instead of its own. Raises PORT-0722."""
+    """Run the file in ONNX Runtime, with initializers `replaced` by other values. Raises PORT-0722."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -136,24 +141,37 @@ def _runner(path: Path, replaced: dict[str, np.ndarray]) -> Callable[[dict], lis
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportMismatch("PORT-0722", f"ONNX Runtime cannot load the exported file: {_line(error)}") from error
+        raise ExportMismatch(
+            "PORT-0722", f"ONNX Runtime cannot load the exported file: {_line(error)}"
+        ) from error
 
     def run(inputs: dict[str, np.ndarray], keep: object = values) -> list[np.ndarray]:
         try:
             return session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})
         except Exception as error:
-            raise ExportMismatch("PORT-0722", f"ONNX Runtime cannot run the exported file: {_line(error)}") from error
+            raise ExportMismatch(
+                "PORT-0722", f"ONNX Runtime cannot run the exported file: {_line(error)}"
+            ) from error
 
     return run
 
 
-def _torch(flat: Source, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+def _torch(
+    flat: Source, inputs: dict[str, np.ndarray], name: str = "", finite: bool = True
+) -> list[np.ndarray]:
+    """The outputs of the PyTorch module. Raises PORT-0723 (not `finite`), PORT-0724 (it fails)."""
     import torch
 
     tensors = [torch.from_numpy(a) for a in inputs.values()]
     arguments = (tensors,) if flat.kind == "encoder" else (tensors[0], tensors[1:])
-    with torch.no_grad():
-        return [t.numpy() for t in flat.module(*arguments)]
+    try:
+        with torch.no_grad():
+            outputs = [t.numpy() for t in flat.module(*arguments)]
+    except Exception as error:
+        raise ExportError("PORT-0724", f"the PyTorch model fails: {_line(error)}", where=name) from error
+    if finite and not all(np.isfinite(o).all() for o in outputs):
+        raise ExportError("PORT-0723", "the PyTorch model gives NaN or infinity", where=name)
+    return outputs
 
 
 def _line(error: Exception) -> str:
@@ -172,7 +190,15 @@ def _cases(flat: Source) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         return
     story = sampled(flat, min(SAMPLED, longest))
     yield f"sampled text, batch 1, sequence {story.shape[1]}, past 0", feeds(flat, story)
-    for batch, sequence, past in ((1, 1, 0), (3, 5, 0), (3, 1, 1), (1, 5, 7), (3, 4, 7), (1, longest, 0), (1, 1, longest - 1)):
+    for batch, sequence, past in (
+        (1, 1, 0),
+        (3, 5, 0),
+        (3, 1, 1),
+        (1, 5, 7),
+        (3, 4, 7),
+        (1, longest, 0),
+        (1, 1, longest - 1),
+    ):
         if sequence + past > longest:
             continue
         tokens = random.integers(0, flat.vocab_size, (batch, past + sequence))
@@ -209,16 +235,18 @@ def sampled(flat: Source, length: int) -> np.ndarray:
     while len(tokens) < length:
         logits, *caches = _torch(flat, feeds(flat, np.array([tokens[-1:]]), caches))
         chances = np.exp(logits[0, -1].astype(np.float64) - logits[0, -1].max())
-        chances = np.nan_to_num(chances)
-        tokens.append(int(random.choice(len(chances), p=chances / chances.sum())) if chances.sum() else 0)
+        tokens.append(int(random.choice(len(chances), p=chances / chances.sum())))
     return np.array([tokens])
 
 
 # ---- the adapter itself
 
 
-def _cache_probes(flat: Source, allowed: float) -> list[Probe]:
-    """The flat module against itself: a text in two parts through the cache, and against the model without one."""
+def cache_probes(flat: Source, allowed: float) -> list[Probe]:
+    """The flat module against itself: a text in two parts, and against the model without a cache.
+
+    Raises ExportMismatch PORT-0721 when a difference is over the bound.
+    """
     import torch
 
     tokens = np.random.default_rng(2).integers(0, flat.vocab_size, (2, min(12, flat.context_length)))
@@ -230,10 +258,20 @@ def _cache_probes(flat: Source, allowed: float) -> list[Probe]:
     probes = [compare("text in two parts", ["logits"], [whole[:, half:]], [parts], allowed)]
     if flat.plain:
         with torch.no_grad():
-            probes.append(compare("without a cache", ["logits"], [flat.plain(torch.from_numpy(tokens)).numpy()], [whole], allowed))
+            probes.append(
+                compare(
+                    "without a cache",
+                    ["logits"],
+                    [flat.plain(torch.from_numpy(tokens)).numpy()],
+                    [whole],
+                    allowed,
+                )
+            )
     if (worst := max(probes, key=lambda p: p.share)).share > 1:
-        what = f"PyTorch with the cache is off from PyTorch without it by {worst.share:.3g} times what rounding explains"
-        raise ExportMismatch("PORT-0721", what, where=worst.name, hint="present must be past with the new tokens after it")
+        what = f"PyTorch with a cache differs from PyTorch without by {worst.share:.3g} times the bound"
+        raise ExportMismatch(
+            "PORT-0721", what, where=worst.name, hint="present must be past with the new tokens after it"
+        )
     return probes
 
 
@@ -248,9 +286,13 @@ def _zero_row(path: Path, model: ir.Model, flat: Source, names: list[str], allow
     with _zeroed(flat.module, f"inner.{embedding}") as table:
         run = _runner(path, {embedding: table})
         tokens = np.array([[0, 1 % len(table), 0]])
-        inputs = feeds(flat, tokens) if flat.kind == "decoder" else {n: np.ones_like(tokens) for n in flat.inputs}
+        inputs = (
+            feeds(flat, tokens) if flat.kind == "decoder" else {n: np.ones_like(tokens) for n in flat.inputs}
+        )
         inputs["input_ids"] = tokens
-        return [compare("a zero embedding row", names, _torch(flat, inputs), run(inputs), allowed)]
+        return [
+            compare("a zero embedding row", names, _torch(flat, inputs, finite=False), run(inputs), allowed)
+        ]
 
 
 def _embedding(model: ir.Model) -> str | None:

@@ -1,4 +1,4 @@
-"""A model of your own: a Llama with ternary weights and an extra norm before every linear, which transformers lacks."""
+"""A model of your own: a Llama with ternary weights and a norm before every linear."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ class BitLlama(nn.Module):
     def __init__(self, config: dict, tokenizer: str = "") -> None:
         super().__init__()
         self.model = Body(config)
-        frequency = config["rope_theta"] ** (-torch.arange(0, config["head_dim"], 2).float() / config["head_dim"])
+        frequency = config["rope_theta"] ** (
+            -torch.arange(0, config["head_dim"], 2).float() / config["head_dim"]
+        )
         self.register_buffer("frequency", frequency, persistent=False)
         self.porter = {
             "layers": config["num_hidden_layers"],
@@ -112,7 +114,7 @@ class BitLlama(nn.Module):
         }
 
     def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        """int64 [batch, sequence] and [k0, v0, k1, …], each [batch, kv_heads, past, head_size] -> (logits, *presents)."""
+        """int64 [batch, sequence], [k0, v0, …] of [batch, kv_heads, past, head_size] -> (logits, *presents)."""
         (batch, length), start = input_ids.shape, past[0].shape[2]
         positions = torch.arange(start, start + length)
         angles = positions.expand(batch, length)[:, :, None].float() * self.frequency
