@@ -39,6 +39,7 @@ _ENCODER_KEYS = {"kind", "inputs", "vocab_size", "context_length", "model_type",
 
 
 def from_factory(module: str, name: str) -> Source:
+    """Import the factory and call it. Raises ExportError PORT-0701 (import) and PORT-0711 (what it gives)."""
     import torch
     from transformers import PreTrainedModel
 

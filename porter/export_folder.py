@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 def from_folder(folder: Path) -> Source:
+    """Read `folder`. Raises ExportError PORT-0704 to PORT-0710."""
     settings = _read_config(folder)
     _check_model_type(settings, folder)
     _check_weights(folder)
@@ -193,6 +194,8 @@ def _check_loading(info: Mapping[str, Any], folder: Path, encoder: bool) -> None
 def from_transformers(model: Any, folder: Path | None = None, left_out: tuple[str, ...] = ()) -> Source:
     """A Source around a transformers model. Raises ExportError PORT-0704, PORT-0705, PORT-0710."""
     config, model = model.config.get_text_config(), frozen(model)
+    decoder = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    caches = _probe_caches(model) if decoder else ()
     context = _context_length(model, config)
     common = {
         "vocab_size": config.vocab_size,
@@ -206,8 +209,7 @@ def from_transformers(model: Any, folder: Path | None = None, left_out: tuple[st
         "tokenizer": tokenizer_files(folder) if folder else (),
         "left_out": left_out,
     }
-    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        caches = _probe_caches(model)
+    if decoder:
         return Source(
             flat_causal(model, len(caches) // 2),
             "decoder",

@@ -114,7 +114,7 @@ class BitLlama(nn.Module):
         }
 
     def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        """int64 [batch, sequence], [k0, v0, …] of [batch, kv_heads, past, head_size] -> (logits, *presents)."""
+        """int64 [batch, sequence], [k0, v0, …] of [batch, kv_heads, past, size] -> (logits, *presents)."""
         (batch, length), start = input_ids.shape, past[0].shape[2]
         positions = torch.arange(start, start + length)
         angles = positions.expand(batch, length)[:, :, None].float() * self.frequency
