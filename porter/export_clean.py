@@ -49,10 +49,11 @@ def _name_weights(model: ir.Model, module: torch.nn.Module) -> None:
     weights = model.graph.initializers
     interface = {v.name for v in (*model.graph.inputs, *model.graph.outputs)}
     for value in list(weights.values()):
-        name = first.get(value.name, value.name).removeprefix(_PREFIX)
+        first_name = first.get(value.name, value.name)
+        name = first_name.removeprefix(_PREFIX)
+        if name in interface:  # a parameter that has the name of an input or output keeps the prefix
+            name = first_name
         if name == value.name:
-            continue
-        if name in interface:  # a parameter named like an input or output keeps the prefix
             continue
         if name in weights:
             value.replace_all_uses_with(weights[name])

@@ -52,7 +52,7 @@ class Source:
 
 def load(source: str) -> Source:
     """Read a folder, `package.module:factory` or `file.py:factory`. Raises PORT-0701 to PORT-0711."""
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         from porter.export_folder import from_folder
 
         return from_folder(Path(source).resolve())

@@ -131,7 +131,7 @@ def test_shards_load(folder: Path) -> None:
     halves = {"model-1.safetensors": names[:5], "model-2.safetensors": names[5:]}
     for file, part in halves.items():
         save_file({n: whole[n] for n in part}, folder / file, {"format": "pt"})
-    index = {"weight_map": {n: f for f, part in halves.items() for n in part}}
+    index = {"metadata": {}, "weight_map": {n: f for f, part in halves.items() for n in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     state = load(str(folder)).module.inner.state_dict()
     for name, array in whole.items():
