@@ -15,3 +15,14 @@ def models() -> Path:
     if not folder.is_dir():
         pytest.skip("no trained models: set PORTER_MODELS")
     return folder
+
+
+@pytest.fixture(scope="session")
+def stories_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """samples/stories260k exported once: a trained five-layer Llama with its tokenizer beside it. Do not change it."""
+    pytest.importorskip("transformers", reason="needs the extra porter[export]")
+    from porter.export import export
+
+    path = tmp_path_factory.mktemp("stories") / "model.onnx"
+    export(str(ROOT / "samples" / "stories260k"), path)
+    return path
