@@ -15,7 +15,8 @@ class Float8:
 
     `special` is `ieee` (the top exponent holds infinity, then NaN), `fn` (finite: only the all-ones code of
     each sign is NaN) or `fnuz` (finite, no negative zero: its code 0x80 is the one NaN). Definitions: the
-    ONNX float8 page, after Micikevicius et al. (2209.05433: e4m3fn, e5m2) and Noune et al. (2206.02915: fnuz).
+    ONNX float8 page, after Micikevicius et al. (2209.05433: e4m3fn, e5m2) and Noune et al. (2206.02915:
+    fnuz).
     """
 
     name: str
@@ -72,7 +73,7 @@ class Float8:
 
         Values beyond the largest, infinities too, become the largest with their sign, as ONNX Cast with
         saturate=1 has it; `ml_dtypes` makes them NaN (fn, fnuz) or infinity (ieee). NaN stays NaN with its
-        sign where the flavour has one, and -0 becomes 0 where it has none. float64 is rounded to float32 first.
+        sign where the flavour has one, and -0 becomes 0 where it has none. float64 goes through float32.
         """
         values = np.asarray(values, np.float32)
         codes = np.searchsorted(self._thresholds, np.abs(values)).astype(np.uint8)
