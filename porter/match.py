@@ -105,3 +105,12 @@ def tidy(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
     for graph in graphs(model):
         graph.sort()
+
+
+def shared_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer called `name` if it holds `array`, else a new one called so or like it."""
+    found = graph.initializers.get(name)
+    held = constant(found, limit=array.size)
+    if held is not None and held.dtype == array.dtype and np.array_equal(held, array):
+        return found  # type: ignore[return-value]
+    return add_initializer(graph, name, array)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript.optimizer import basic_constant_propagation
 from onnxscript.rewriter import MatchingTracer, MatchResult, MatchStatus, RewriteRule, RewriteRuleSet
+from onnxscript.rewriter._basics import MatchFailureError as Mismatch
 from onnxscript.rewriter._rewrite_rule import RULE_NAME_TAG
 
 from porter.context import Context
@@ -26,7 +27,7 @@ class Rewrite(Pass):
     """A pass that is a list of rules, applied until none matches.
 
     A rule is a `RewriteRuleClassBase` with `pattern`, `check` and `rewrite`. A check that declines says why, by
-    `MatchResult().fail(reason, node)` or by raising `MatchFailureError(reason, node)`: `explain` shows it.
+    `MatchResult().fail(reason, node)` or by raising `Mismatch(reason, node)`: `explain` shows it.
     """
 
     @abstractmethod

@@ -89,7 +89,10 @@ def _constants(model: ir.Model) -> int:
 def _inputs(node: ir.Node, limit: int) -> list[np.ndarray | None] | None:
     """The arrays of all inputs; None when one is not a small plain constant."""
     arrays: list[np.ndarray | None] = []
-    for value in node.inputs:
+    inputs = list(node.inputs)
+    if node.op_type == "CastLike" and inputs[1] is not None and inputs[1].dtype is not None:
+        inputs = inputs[:1]  # only the type of the second matters
+    for value in inputs:
         array = None if value is None else constant(value, limit)
         if value is not None and (array is None or array.dtype not in _PLAIN):
             return None
@@ -126,7 +129,7 @@ def _evaluate(node: ir.Node, arrays: list[np.ndarray | None], opset: int) -> lis
         value = attributes.get("value", np.zeros(1, np.float32))
         return [np.full(arrays[0], value.reshape(())[()], value.dtype)]  # type: ignore[arg-type]
     if node.op_type in ("Cast", "CastLike"):
-        to = attributes.get("to", None) if node.op_type == "Cast" else None
+        to = node.inputs[1].dtype if node.op_type == "CastLike" else attributes["to"]  # type: ignore[union-attr]
         dtype = ir.DataType(to).numpy() if to is not None else arrays[1].dtype  # type: ignore[union-attr]
         return [arrays[0].astype(dtype)] if dtype in _PLAIN else None  # type: ignore[union-attr]
     try:

@@ -29,7 +29,7 @@ class RemoveIdentity(Pass):
     """Remove nodes that change nothing."""
 
     promise: ClassVar[Promise] = Promise.EXACT
-    after: ClassVar[tuple[str, ...]] = ("clean.opset",)
+    after: ClassVar[tuple[str, ...]] = ("clean.opset", "clean.constants", "clean.shapes")
 
     def run(self, model: ir.Model, context: Context) -> int:
         """The number of nodes removed."""

@@ -20,7 +20,7 @@ import sympy
 from onnx_ir.passes import common
 
 from porter.context import Context
-from porter.match import add_initializer, attribute, constant, graphs, tidy
+from porter.match import add_initializer, attribute, constant, graphs, shared_initializer, tidy
 from porter.pipeline import Pass, Promise
 from porter.symbols import Dim, Facts, Shape, declared, same, text
 
@@ -95,10 +95,7 @@ def _fix_target(graph: ir.Graph, node: ir.Node, target: list[int] | None) -> boo
 def _vector(graph: ir.Graph, numbers: list[int]) -> ir.Value:
     """The initializer that holds `numbers`; one serves all nodes."""
     name = "shape_" + "x".join(map(str, numbers)).replace("-", "m")
-    found, array = graph.initializers.get(name), np.array(numbers, np.int64)
-    if found is not None and (held := constant(found)) is not None and np.array_equal(held, array):
-        return found
-    return add_initializer(graph, name, array)
+    return shared_initializer(graph, name, np.array(numbers, np.int64))
 
 
 def _reshape_target(facts: Facts, node: ir.Node, full: set[Dim]) -> list[int] | None:
