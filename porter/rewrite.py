@@ -17,7 +17,7 @@ from porter.context import Context
 from porter.errors import PassError
 from porter.match import graphs, tidy
 from porter.pipeline import Pass
-from porter.symbols import Facts
+from porter.symbols import Facts, write_shapes
 
 _ROUNDS = 100  # a rule set that is still rewriting after this many sweeps is chasing itself
 
@@ -41,6 +41,8 @@ class Rewrite(Pass):
             rules = self.rules(Facts(model.graph))
             found = RewriteRuleSet(rules).apply_to_model(model)
             if not found:
+                if edits:
+                    write_shapes(model)
                 return edits
             edits += found
             _forget_rule_names(model)

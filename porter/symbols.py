@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import sympy
+from onnx_ir.passes import common
 
 Dim = sympy.Expr
 Shape = tuple[Dim | None, ...]
@@ -243,3 +244,24 @@ def substitute(content: Content, by: dict[Dim, Dim]) -> Content:
 def product(dims: Iterable[Dim]) -> Dim:
     """The number of elements."""
     return sympy.Mul(*dims)
+
+
+def write_shapes(model: ir.Model) -> None:
+    """Write down the type and the shape of every value of the main graph, dimensions by name.
+
+    An output of the graph keeps the names that it declares.
+    """
+    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    facts = Facts(model.graph)
+    for node in model.graph:
+        for value in node.outputs:
+            _write_shape(facts, value)
+
+
+def _write_shape(facts: Facts, value: ir.Value) -> None:
+    shape, stated = facts.shape(value), declared(value)
+    if shape is None:
+        return
+    if value.is_graph_output() and stated is not None and len(stated) == len(shape):
+        shape = tuple(d if s is None else s for s, d in zip(stated, shape, strict=True))
+    value.shape = ir.Shape([None if d is None else text(d) for d in shape])

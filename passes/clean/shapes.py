@@ -17,12 +17,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 import sympy
-from onnx_ir.passes import common
 
 from porter.context import Context
 from porter.match import add_initializer, attribute, constant, graphs, shared_initializer, tidy
 from porter.pipeline import Pass, Promise
-from porter.symbols import Dim, Facts, Shape, declared, same, text
+from porter.symbols import Dim, Facts, Shape, declared, same, write_shapes
 
 _COUNTING = frozenset("Add Cast Concat Div Gather Mul Reshape Shape Size Slice Squeeze Sub Unsqueeze".split())
 
@@ -37,15 +36,11 @@ class InferShapes(Pass):
     def run(self, model: ir.Model, context: Context) -> int:
         """Values whose shape or type was not written down, plus nodes simplified."""
         before = _annotations(model)
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-        facts = Facts(model.graph)
-        edits = _simplify(model, facts)
+        write_shapes(model)
+        edits = _simplify(model, Facts(model.graph))
         if edits:
             tidy(model)
-            facts = Facts(model.graph)
-        for node in model.graph:
-            for value in node.outputs:
-                _annotate(facts, value)
+            write_shapes(model)
         after = _annotations(model)
         return edits + sum(before.get(value, noted) != noted for value, noted in after.items())
 
@@ -56,16 +51,6 @@ def _annotations(model: ir.Model) -> dict[ir.Value, tuple[object, object]]:
     return {v: (None if v.shape is None else str(v.shape), v.dtype) for v in values}
 
 
-def _annotate(facts: Facts, value: ir.Value) -> None:
-    """Write the inferred shape; an output of the graph keeps the names that it declares."""
-    shape, stated = facts.shape(value), declared(value)
-    if shape is None:
-        return
-    if value.is_graph_output() and stated is not None and len(stated) == len(shape):
-        shape = tuple(d if s is None else s for s, d in zip(stated, shape, strict=True))
-    value.shape = ir.Shape([None if d is None else text(d) for d in shape])
-
-
 def _simplify(model: ir.Model, facts: Facts) -> int:
     graph = model.graph
     sources = Sources(graph)
@@ -73,12 +58,12 @@ def _simplify(model: ir.Model, facts: Facts) -> int:
     for node in list(graph):
         if node.domain not in ("", "ai.onnx"):
             continue
-        if node.op_type == "Reshape":
+        if node.op_type in _COUNTING and _replace(graph, facts, sources, node):
+            edits += 1
+        elif node.op_type == "Reshape":
             edits += _fix_target(graph, node, _reshape_target(facts, node, sources.full))
         elif node.op_type == "Expand":
             edits += _fix_target(graph, node, _expand_target(facts, node))
-        elif node.op_type in _COUNTING:
-            edits += _replace(graph, facts, sources, node)
     return edits
 
 

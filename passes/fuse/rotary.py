@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRule, RewriteRuleClassBase
 
-from porter.match import add_initializer, attribute, constant, given, producer, scalar
+from porter.match import add_initializer, attribute, constant, producer, scalar, shared_initializer
 from porter.pipeline import Promise
 from porter.rewrite import Mismatch, Rewrite
 from porter.shapes import axes_of, slice_bounds
@@ -117,10 +117,11 @@ def _half_table(facts: Facts, value: ir.Value) -> Build:
     return build
 
 
-def rows(facts: Facts, table: ir.Value, of: Build, x: ir.Value, heads: int) -> Build:
+def rows(facts: Facts, table: ir.Value, x: ir.Value, heads: int, *, doubled: bool) -> Build:
     """cos' or sin' as [batch, sequence, size / 2], from a factor that broadcasts against the four axes of `x`.
 
-    `heads` is the axis of x that the table has one of. Raises Mismatch when the table is of another form.
+    `heads` is the axis of x that the table has one of; `doubled` says that the table holds two equal halves.
+    Raises Mismatch when the table is of another form.
     """
     shape, wanted = facts.shape(table), facts.shape(x)
     if shape is None or wanted is None or not 2 <= len(shape) <= 4:
@@ -128,24 +129,34 @@ def rows(facts: Facts, table: ir.Value, of: Build, x: ir.Value, heads: int) -> B
     full = (*((1,) * (4 - len(shape))), *shape)
     if full[heads] != 1 or full[0] is None or not same(full[3 - heads], wanted[3 - heads]):
         raise Mismatch("the cosines do not go by batch and position", table)
+    inner = _without_heads(facts, table, heads)
+    of = half(facts, inner or table) if doubled else (lambda op: inner or table)
 
     def build(op: object) -> ir.Value:
         value = of(op)
-        if len(shape) == 4:
-            value = op.Squeeze(value, op.Constant(value_ints=[heads]))  # type: ignore[attr-defined]
-        elif len(shape) == 2:
-            value = op.Unsqueeze(value, op.Constant(value_ints=[0]))  # type: ignore[attr-defined]
-        elif heads == 2:
-            raise Mismatch("the cosines do not go by batch and position", table)
+        if len(shape) == 2:
+            value = op.Unsqueeze(value, _numbers(facts, [0]))  # type: ignore[attr-defined]
+        elif inner is None and len(shape) == 4:
+            value = op.Squeeze(value, _numbers(facts, [heads]))  # type: ignore[attr-defined]
         return spread(facts, op, value, x) if full[0] == 1 and wanted[0] != 1 else value
 
     return build
 
 
+def _without_heads(facts: Facts, table: ir.Value, heads: int) -> ir.Value | None:
+    """What the axis of the heads was added to, if that was done last."""
+    node = producer(table, "Unsqueeze")
+    return node.inputs[0] if node and axes_of(facts, node, 4) == [heads] and facts.rank(table) == 4 else None
+
+
+def _numbers(facts: Facts, numbers: list[int]) -> ir.Value:
+    return shared_initializer(facts.graph, "axes_" + "x".join(map(str, numbers)), np.array(numbers, np.int64))
+
+
 def spread(facts: Facts, op: object, table: ir.Value, x: ir.Value) -> ir.Value:
     """One row of a table [1, sequence, n] for each row of x."""
     batch = _length(facts, op, x)
-    ones = op.Constant(value_ints=[1, 1])  # type: ignore[attr-defined]
+    ones = _numbers(facts, [1, 1])
     return op.Expand(table, op.Concat(batch, ones, axis=0))  # type: ignore[attr-defined]
 
 
@@ -238,13 +249,13 @@ class RotateHalf(RewriteRuleClassBase):
         if whole is not x or kind != "half":
             return MatchResult().fail("what is rotated is not the two halves of x", rotated.producer())
         for table in tables.values():
-            rows(self.facts, table, half(self.facts, table), x, heads)
+            rows(self.facts, table, x, heads, doubled=True)
         return MatchResult()
 
     def rewrite(self, op, x: ir.Value, cos: ir.Value, sin: ir.Value, **rest: ir.Value):  # noqa: ANN001, ANN201
         """One node, on the halves of the tables."""
         heads = _heads(self.facts, x, cos)
-        tables = [rows(self.facts, t, half(self.facts, t), x, heads)(op) for t in (cos, sin)]
+        tables = [rows(self.facts, t, x, heads, doubled=True)(op) for t in (cos, sin)]
         return _embed(op, x, *tables, heads, interleaved=False)
 
 
@@ -281,14 +292,14 @@ class RotateParts(RewriteRuleClassBase):
             if any(a is None or a.reshape(-1).tolist() not in ([-1], [4]) for a in axes):
                 return MatchResult().fail("the pairs are not stacked along a new last axis", joined.producer())
         for table in (cos, sin):
-            rows(self.facts, table, lambda op, table=table: table, x, heads)
+            rows(self.facts, table, x, heads, doubled=False)
         return MatchResult()
 
     def rewrite(self, op, x1: ir.Value, cos: ir.Value, sin: ir.Value, **rest: ir.Value):  # noqa: ANN001, ANN201
         """One node."""
         x, _, _ = part(self.facts, x1)
         heads = _heads(self.facts, x, cos)
-        tables = [rows(self.facts, t, lambda op, t=t: t, x, heads)(op) for t in (cos, sin)]
+        tables = [rows(self.facts, t, x, heads, doubled=False)(op) for t in (cos, sin)]
         return _embed(op, x, *tables, heads, self.interleaved)
 
 
