@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from porter.context import Context
-from porter.match import add_initializer, attribute, graphs, producer, shared_initializer, tidy, users
+from porter.match import add_initializer, attribute, fresh_name, graphs, producer, shared_initializer, tidy, users
 from porter.pipeline import Pass, Promise
 from porter.symbols import write_shapes
 
@@ -87,7 +87,7 @@ def _turn(main: ir.Graph, node: ir.Node) -> bool:
     name = str(old.name)  # type: ignore[union-attr]
     del main.initializers[name]
     transpose = ir.node("Transpose", [add_initializer(main, name, turned)], {"perm": [1, 0]})
-    transpose.outputs[0].name = f"{name}_transposed"
+    transpose.outputs[0].name = fresh_name(main, f"{name}_transposed")
     main.insert_before(node, transpose)
     node.replace_input_with(1, transpose.outputs[0])
     return True
@@ -137,12 +137,12 @@ def _join(main: ir.Graph, group: Sequence[Linear]) -> None:
     graph = first.graph
     x = first.inputs[0]
     weight = _joined(main, [g.weight for g in group])
-    transpose = _named(ir.node("Transpose", [weight], {"perm": [1, 0]}), f"{weight.name}_transposed")
-    product = _named(ir.node("MatMul", [x, transpose.outputs[0]]), str(weight.name).removesuffix(".weight"))
+    transpose = _named(main, ir.node("Transpose", [weight], {"perm": [1, 0]}), f"{weight.name}_transposed")
+    product = _named(main, ir.node("MatMul", [x, transpose.outputs[0]]), str(weight.name).removesuffix(".weight"))
     nodes = [transpose, product]
     if group[0].bias is not None:
         bias = _joined(main, [g.bias for g in group])  # type: ignore[misc]
-        nodes.append(_named(ir.node("Add", [product.outputs[0], bias]), f"{product.outputs[0].name}_biased"))
+        nodes.append(_named(main, ir.node("Add", [product.outputs[0], bias]), f"{product.outputs[0].name}_biased"))
     sizes = [int(g.weight.const_value.shape[0]) for g in group]  # type: ignore[union-attr,arg-type]
     lengths = shared_initializer(main, "sizes_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
     split = ir.node("Split", [nodes[-1].outputs[0], lengths], {"axis": -1}, num_outputs=len(group))
@@ -154,8 +154,8 @@ def _join(main: ir.Graph, group: Sequence[Linear]) -> None:
         old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
-def _named(node: ir.Node, name: str) -> ir.Node:
-    node.outputs[0].name = name
+def _named(graph: ir.Graph, node: ir.Node, name: str) -> ir.Node:
+    node.outputs[0].name = fresh_name(graph, name)
     return node
 
 
