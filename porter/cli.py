@@ -74,11 +74,12 @@ def export(
 ) -> None:
     """Export a PyTorch model to ONNX with an explicit KV cache, and check it against PyTorch."""
     from porter.export import export as run
+    from porter.report.report import plain
     from porter.terminal import Stages
 
     with Stages(quiet=json_) as stages:
         report = run(source, output, opset=opset, progress=stages.named)
-    _answer(report.to_dict(), json_, lambda: print(f"{output}: {report.summary()}"))
+    _answer(plain(report), json_, lambda: print(report.summary()))
 
 
 @app.command()
