@@ -296,10 +296,15 @@ def _zero_row(path: Path, model: ir.Model, flat: Source, names: list[str], allow
 
 
 def _embedding(model: ir.Model) -> str | None:
-    for use in model.graph.inputs[0].uses():
-        table = use.node.inputs[0] if use.node.op_type == "Gather" else None
-        if table is not None and table.is_initializer():
-            return table.name
+    """The weight whose rows the tokens choose, if they do so directly or after a change of shape."""
+    values = [model.graph.inputs[0]]
+    for value in values:
+        for node in (use.node for use in value.uses()):
+            table = node.inputs[0]
+            if node.op_type == "Gather" and table is not None and table.is_initializer():
+                return table.name
+            if node.op_type in {"Reshape", "Unsqueeze", "Squeeze", "Cast"}:
+                values.append(node.outputs[0])
     return None
 
 
