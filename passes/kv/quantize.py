@@ -89,96 +89,106 @@ def _is_cache(node: ir.Node, quantized: bool = False) -> bool:
 
 
 class _Cache:
-    """One cache being rewritten: the nodes that are added, all before or after its TensorScatter."""
+    """One cache being rewritten; nodes are added before its TensorScatter, then, in order, after it."""
 
     def __init__(self, scatter: ir.Node, scheme: str) -> None:
         self.scatter, self.graph, self.scheme = scatter, scatter.graph, scheme
         self.past, self.new, self.lengths = scatter.inputs
-        self.present, self.float_type = scatter.outputs[0], scatter.inputs[0].type
+        self.present, self.float = scatter.outputs[0], scatter.inputs[0].dtype
         self.size = self.past.shape[3]
+        self.last: ir.Node | None = None
 
     def rewrite(self) -> None:
         """Put codes and scales in place of the floats."""
         readers = list(self.present.uses())
         scale = self._scale()
-        codes = self._before(
-            "QuantizeLinear", [self.new, scale], "codes", output_dtype=ir.DataType.INT8, **self._blocks()
-        )
-        stored = ir.DataType.INT8
-        if self.scheme == "int4":
-            codes = self._before("PackInt4", [codes], "packed", domain=nibbles.DOMAIN)
-            stored = ir.DataType.UINT8
-        self._retype(stored, self.size // (2 if self.scheme == "int4" else 1))
-        self.scatter.replace_input_with(1, codes)
-        value = self._dequantized(self._scatter_scale(scale))
+        self._store(self._codes(scale))
+        value = self._dequantized(self._store_scale(scale))
         for node, index in readers:
             node.replace_input_with(index, value)
 
-    def _blocks(self) -> dict[str, int]:
-        return {"axis": 3, "block_size": self.size}
-
     def _scale(self) -> ir.Value:
         """max(|new|) / largest code, kept above zero: float [B,H,S,1]."""
-        dtype = self.float_type.dtype
+        kind = self.float.numpy()
         axes = self._constant("axes", np.array([3], np.int64))
-        largest = self._constant("largest", np.array(LARGEST[self.scheme], dtype.numpy()))
-        floor = self._constant(
-            "floor", np.array(ml_dtypes.finfo(dtype.numpy()).smallest_normal, dtype.numpy())
-        )
-        peak = self._before("ReduceMax", [self._before("Abs", [self.new], "abs"), axes], "peak", keepdims=1)
-        return self._before("Max", [self._before("Div", [peak, largest], "step"), floor], "scale")
+        largest = self._constant("largest", np.array(LARGEST[self.scheme], kind))
+        floor = self._constant("floor", np.array(ml_dtypes.finfo(kind).smallest_normal, kind))
+        size = self._add("Abs", [self.new], "abs", self.float, self._rows(self.new, self.size))
+        one = self._rows(self.new, 1)
+        peak = self._add("ReduceMax", [size, axes], "peak", self.float, one, keepdims=1)
+        step = self._add("Div", [peak, largest], "step", self.float, one)
+        return self._add("Max", [step, floor], "scale", self.float, one)
+
+    def _codes(self, scale: ir.Value) -> ir.Value:
+        """What is stored: int8 [B,H,S,D], or uint8 [B,H,S,D/2]."""
+        attributes = {"output_dtype": ir.DataType.INT8, "axis": 3, "block_size": self.size}
+        rows = self._rows(self.new, self.size)
+        codes = self._add("QuantizeLinear", [self.new, scale], "codes", ir.DataType.INT8, rows, **attributes)
+        if self.scheme == "int8":
+            return codes
+        rows = self._rows(self.new, self.size // 2)
+        return self._add("PackInt4", [codes], "packed", ir.DataType.UINT8, rows, domain=nibbles.DOMAIN)
+
+    def _store(self, codes: ir.Value) -> None:
+        """Let the TensorScatter write codes: what was a cache of floats is one of bytes."""
+        self.scatter.replace_input_with(1, codes)
+        columns = self.size if self.scheme == "int8" else self.size // 2
+        for value in (self.past, self.present):
+            value.type, value.shape = ir.TensorType(codes.dtype), self._rows(self.past, columns)
+        self.last = self.scatter
+
+    def _store_scale(self, scale: ir.Value) -> ir.Value:
+        """The scales' own cache, float [B,H,C,1], in and out beside the codes'."""
+        shape = self._rows(self.past, 1)
+        past = ir.Value(name=f"{self.past.name}_scale", type=ir.TensorType(self.float), shape=shape)
+        inputs, outputs = self.graph.inputs, self.graph.outputs
+        inputs.insert(list(inputs).index(self.past) + 1, past)
+        present = self._add("TensorScatter", [past, scale, self.lengths], "", self.float, shape, axis=2)
+        present.name = f"{self.present.name}_scale"
+        outputs.insert(list(outputs).index(self.present) + 1, present)
+        return present
+
+    def _dequantized(self, scale: ir.Value) -> ir.Value:
+        """The whole cache as floats [B,H,C,D]."""
+        codes, rows = self.present, self._rows(self.past, self.size)
+        if self.scheme == "int4":
+            codes = self._add(
+                "UnpackInt4", [codes], "unpacked", ir.DataType.INT8, rows, domain=nibbles.DOMAIN
+            )
+        attributes = {"axis": 3, "block_size": self.size}
+        return self._add("DequantizeLinear", [codes, scale], "dequantized", self.float, rows, **attributes)
+
+    def _rows(self, like: ir.Value, columns: int) -> ir.Shape | None:
+        """The shape of `like` with another last axis."""
+        return None if like.shape is None else ir.Shape([*list(like.shape)[:3], columns])
 
     def _constant(self, role: str, array: np.ndarray) -> ir.Value:
         """An initializer that all caches share."""
         name = f"cache.{role}.{self.scheme}"
         if name not in self.graph.initializers:
             tensor = ir.tensor(array, name=name)
-            value = ir.Value(
-                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+            kind = ir.TensorType(tensor.dtype)
+            self.graph.register_initializer(
+                ir.Value(name=name, const_value=tensor, type=kind, shape=tensor.shape)
             )
-            self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
-    def _before(
-        self, op: str, inputs: list[ir.Value], suffix: str, domain: str = "", **attributes: int
+    def _add(
+        self,
+        op: str,
+        inputs: list[ir.Value],
+        suffix: str,
+        dtype: ir.DataType,
+        shape: ir.Shape | None,
+        domain: str = "",
+        **attributes: int,
     ) -> ir.Value:
         node = ir.node(op, inputs, attributes or None, domain=domain)
-        node.outputs[0].name = f"{self.present.name}.{suffix}"
-        self.graph.insert_before(self.scatter, node)
-        return node.outputs[0]
-
-    def _retype(self, dtype: ir.DataType, columns: int) -> None:
-        for value in (self.past, self.present):
-            value.type, value.shape = ir.TensorType(dtype), ir.Shape([*list(value.shape)[:3], columns])
-
-    def _scatter_scale(self, scale: ir.Value) -> ir.Value:
-        """The scales' own cache [B,H,C,1], in and out beside the codes'."""
-        shape = ir.Shape([*list(self.past.shape)[:3], 1])
-        past = ir.Value(name=f"{self.past.name}_scale", type=self.float_type, shape=shape)
-        inputs, outputs = self.graph.inputs, self.graph.outputs
-        inputs.insert(list(inputs).index(self.past) + 1, past)
-        present = self._after(self.scatter, "TensorScatter", [past, scale, self.lengths], axis=2)
-        present.name, present.type, present.shape = f"{self.present.name}_scale", self.float_type, shape
-        outputs.insert(list(outputs).index(self.present) + 1, present)
-        return present
-
-    def _dequantized(self, scale: ir.Value) -> ir.Value:
-        codes, last = self.present, scale.producer()
-        if self.scheme == "int4":
-            codes = self._after(last, "UnpackInt4", [codes], domain=nibbles.DOMAIN)
-            codes.name, last = f"{self.present.name}.unpacked", codes.producer()
-            codes.type, codes.shape = (
-                ir.TensorType(ir.DataType.INT8),
-                ir.Shape([*list(self.past.shape)[:3], self.size]),
-            )
-        value = self._after(last, "DequantizeLinear", [codes, scale], **self._blocks())
-        value.name, value.type = f"{self.present.name}.dequantized", self.float_type
-        value.shape = ir.Shape([*list(self.past.shape)[:3], self.size])
-        return value
-
-    def _after(
-        self, node: ir.Node, op: str, inputs: list[ir.Value], domain: str = "", **attributes: int
-    ) -> ir.Value:
-        new = ir.node(op, inputs, attributes or None, domain=domain)
-        self.graph.insert_after(node, new)
-        return new.outputs[0]
+        out = node.outputs[0]
+        out.name, out.type, out.shape = f"{self.present.name}.{suffix}", ir.TensorType(dtype), shape
+        if self.last is None:
+            self.graph.insert_before(self.scatter, node)
+        else:
+            self.graph.insert_after(self.last, node)
+            self.last = node
+        return out
