@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 
-# TVM reads this when it starts; pinned workers would fight over one core when several programs run.
-os.environ.setdefault("TVM_BIND_THREADS", "0")
-
-from porter.lower import build, plan, weights  # noqa: E402
-from porter.lower.importer.program import DTYPES, Importer  # noqa: E402
-from porter.target import TargetSpec  # noqa: E402
+from porter.lower import tvm_setup  # noqa: F401, I001  (before all that imports TVM)
+from porter.lower import build, plan, weights
+from porter.lower.importer.program import DTYPES, Importer
+from porter.target import TargetSpec
 
 LIBRARY, WEIGHTS, PLAN = "lib/model.so", "lib/weights.bin", "plan.json"
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
-os.environ.setdefault("TVM_BIND_THREADS", "0")
+from porter.lower import tvm_setup  # noqa: F401, I001  (before TVM)
+import tvm
+from tvm import relax
 
-import tvm  # noqa: E402
-from tvm import relax  # noqa: E402
-
-from porter.context import Feeds  # noqa: E402
-from porter.errors import BundleError, OptionError  # noqa: E402
-from porter.run.protocol import TensorSpec  # noqa: E402
+from porter.context import Feeds
+from porter.errors import BundleError, OptionError
+from porter.run.protocol import TensorSpec
 
 
 class HostRunner:
