@@ -81,6 +81,11 @@ def _equal(a: Any, b: Any) -> Any:
     return tirx.EQ(tirx.convert(a), tirx.convert(b)) if isinstance(a, Expr) or isinstance(b, Expr) else a == b
 
 
+def _equal_tensors(x: relax.Expr, y: relax.Expr) -> relax.Expr:
+    """LLVM has no comparison of bools."""
+    return op.logical_not(op.logical_xor(x, y)) if str(x.ty.dtype) == "bool" else op.equal(x, y)
+
+
 def _quotient(imp: Importer, a: Any, b: Any) -> Any:
     """ONNX rounds toward zero, which for sizes is down."""
     if isinstance(a, int) and isinstance(b, int):
@@ -263,7 +268,7 @@ TABLE: dict[str, Callable[..., Value]] = {
     "Max": _many(_binary(op.maximum, _arithmetic(_larger))),
     "Sum": _many(_add),
     "Pow": _pow,
-    "Equal": _binary(op.equal, _comparison(_equal), answers=True),
+    "Equal": _binary(_equal_tensors, _comparison(_equal), answers=True),
     "Less": _binary(op.less, _comparison(lambda a, b: a < b), answers=True),
     "LessOrEqual": _binary(op.less_equal, _comparison(lambda a, b: a <= b), answers=True),
     "Greater": _binary(op.greater, _comparison(lambda a, b: a > b), answers=True),
