@@ -13,8 +13,8 @@ from tvm.ir import Expr
 from porter.lower.importer.attributes import attribute
 from porter.lower.importer.broadcast import broadcast_dims, broadcastable
 from porter.lower.importer.precision import cast, in_float32
-from porter.lower.importer.program import Importer
-from porter.lower.importer.values import Ints, Value
+from porter.lower.importer.program import SMALL, Importer
+from porter.lower.importer.values import Ints, Value, Weight
 
 op = relax.op
 
@@ -29,11 +29,18 @@ def as_ints(imp: Importer, value: Value | None) -> Ints | None:
     return Ints.of(entries if len(value.shape) else entries[0], imp.dtype(value))
 
 
-def _ints_pair(imp: Importer, a: Value, b: Value) -> tuple[Ints, Ints] | None:
-    """Both as Ints when at least one of them is and the other is known too."""
-    if not (isinstance(a, Ints) or isinstance(b, Ints)):
+def few_ints(imp: Importer, value: Value) -> Ints | None:
+    """Sizes, and integer constants short enough to be some."""
+    if isinstance(value, Weight) and np.prod(value.shape) > SMALL:
         return None
-    return None if (x := as_ints(imp, a)) is None or (y := as_ints(imp, b)) is None else (x, y)
+    return as_ints(imp, value)
+
+
+def _ints_pair(imp: Importer, a: Value, b: Value) -> tuple[Ints, Ints] | None:
+    """Both as Ints: sizes, or a size and a constant, or two short constants."""
+    sized = isinstance(a, Ints) or isinstance(b, Ints)
+    x, y = ((as_ints if sized else few_ints)(imp, v) for v in (a, b))
+    return None if x is None or y is None else (x, y)
 
 
 def _on_ints(function: Callable[..., Any], *values: Ints, dtype: str | None = None) -> Ints | None:
