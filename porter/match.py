@@ -30,9 +30,9 @@ def constant(value: ir.Value | None, limit: int = SMALL) -> np.ndarray | None:
 
 
 def scalar(value: ir.Value | None) -> float | None:
-    """The number that a constant of one element holds."""
+    """The number that a constant of one element holds; None if it has axes that could widen a result."""
     array = constant(value, limit=1)
-    return None if array is None or array.size != 1 else array.reshape(()).item()
+    return None if array is None or array.size != 1 or array.ndim > 1 else array.reshape(()).item()
 
 
 def producer(value: ir.Value | None, *ops: str) -> ir.Node | None:

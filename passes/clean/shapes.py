@@ -177,7 +177,7 @@ def _gather_in_order(graph: ir.Graph, facts: Facts, node: ir.Node) -> bool:
 
 
 def _length(graph: ir.Graph, facts: Facts, at: ir.Node, wanted: Dim, value: ir.Value, axis: int) -> ir.Node:
-    """A node that gives `wanted` as a vector: from a number that is computed before `at`, or from the value's axis."""
+    """A node that gives `wanted` as a vector: from a number known before `at`, or from the value's axis."""
     minus_one = shared_initializer(graph, "shape_m1", np.array([-1], np.int64))
     for node in graph:
         if node is at:

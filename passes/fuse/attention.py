@@ -183,10 +183,14 @@ class WrittenOut(RewriteRuleClassBase):
             return fail("query, key and value are not known to have one batch size", read.k)
         if not same(k[1], values[1]) or not (same(q[1], k[1]) or k[1] == 1):  # type: ignore[index]
             return fail("query, key and value are not known to have the same heads", read.k)
+        total = self.facts.shape(scores)
+        if total is None or not all(map(same, total, (*q[:3], k[2]))):  # type: ignore[index]
+            return fail("the scores are not known to be [batch, heads, queries, keys]", scores)
         mask = read.additive if read.boolean is None else read.boolean
-        if mask is not None and self.facts.rank(mask) not in (2, 3, 4):
-            return fail("the mask does not have two to four axes", mask)
-        return MatchResult()
+        shape = self.facts.shape(mask)
+        if mask is None or (shape is not None and len(shape) in (2, 3, 4) and same(shape[-1], k[2])):  # type: ignore[index]
+            return MatchResult()
+        return fail("the mask is not known to have two to four axes, the last one the keys", mask)
 
     def rewrite(self, op, scores: ir.Value, v: ir.Value, **rest: ir.Value):
         """One Attention with the mask as it was."""
@@ -384,8 +388,8 @@ class Absorb(RewriteRuleClassBase):
         queries, keys = facts.shape(q), facts.shape(key)
         if queries is None or keys is None:
             raise Mismatch("the shapes of query and key are unknown", node)
-        start = facts.shape(past[0].past)[2] if past and facts.shape(past[0].past) else None  # type: ignore[union-attr,index]
-        found, mask = self._mask(node, (queries[2], keys[2]), aligned=past is not None and start is not None)
+        new = facts.shape(past[0].new) if past else None  # type: ignore[union-attr]
+        found, mask = self._mask(node, (queries[2], keys[2]), new)
         if past:
             self._check_order(node, past, (q, mask))  # type: ignore[arg-type]
             return Plan(past[0].new, past[1].new, mask, found, past)  # type: ignore[union-attr,arg-type]
@@ -399,19 +403,23 @@ class Absorb(RewriteRuleClassBase):
         if given(node, 6) is not None or queries is None or keys is None or past is None or len(queries) != 4:
             raise Mismatch("the cache is outside, or the shapes are unknown", node)
         total = None if past[2] is None or keys[2] is None else past[2] + keys[2]
-        found, mask = self._mask(node, (queries[2], total), aligned=True)
+        found, mask = self._mask(node, (queries[2], total), keys)
         if not found:
             raise Mismatch(
                 "the mask is not known to be causal" if mask else "nothing to take in", mask or node
             )
         return Plan(k, v, mask, found, None)
 
-    def _mask(self, node: ir.Node, want: Shape, *, aligned: bool) -> tuple[bool, ir.Value | None]:
-        """Whether a causal part can go, and the mask that is left; without a past, S must equal T."""
+    def _mask(self, node: ir.Node, want: Shape, new: Shape | None) -> tuple[bool, ir.Value | None]:
+        """Whether a causal part can go, and the mask that is left.
+
+        The operator aligns query i with key past + i. That is T - S + i, where the mask's frontier is, when
+        there are as many queries as keys: as new ones in shape `new` with a past, as all of them without.
+        """
         mask = _needed(self.facts, given(node, 3))
         if mask is None or attribute(node, "is_causal", 0):
             return False, mask
-        if not aligned and not same(*want):
+        if not same(want[0], want[1] if new is None else new[2]):
             return False, mask
         return without_causal(self.facts, mask, want)
 
