@@ -109,6 +109,13 @@ def bypass(node: ir.Node, value: ir.Value) -> bool:
     return True
 
 
+def take_over(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` stand where `old` stood, as an output of the graph too, with its name, type and shape."""
+    new.name, old.name = old.name, None
+    new.shape, new.type = old.shape, old.type
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
 def tidy(model: ir.Model) -> None:
     """After edits: nodes in an order that runs, and nothing that nobody reads."""
     common.RemoveUnusedNodesPass()(model)

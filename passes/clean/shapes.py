@@ -27,6 +27,7 @@ from porter.match import (
     graphs,
     producer,
     shared_initializer,
+    take_over,
     tidy,
     words,
 )
@@ -169,9 +170,7 @@ def _gather_in_order(graph: ir.Graph, facts: Facts, node: ir.Node) -> bool:
     listed = shared_initializer(graph, "axes_" + "x".join(map(str, added)), np.array(added, np.int64))
     last = ir.node("Unsqueeze", [data, listed]) if added else ir.node("Identity", [data])
     graph.insert_before(node, last)
-    new, old = last.outputs[0], node.outputs[0]
-    new.name, old.name, new.type, new.shape = old.name, None, old.type, old.shape
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    take_over(node.outputs[0], last.outputs[0])
     graph.remove(node, safe=True)
     return True
 

@@ -75,7 +75,8 @@ def test_a_value_that_is_used_elsewhere() -> None:
 def test_attention_says_what_its_mask_lacks() -> None:
     text = (
         HEAD
-        + """g (float[b, 2, s, 8] q, float[b, 2, p, 8] k, float[b, 2, p, 8] v, bool[s, p] m) => (float[b, 2, s, 8] y)
+        + """g (float[b, 2, s, 8] q, float[b, 2, p, 8] k, float[b, 2, p, 8] v, bool[s, p] m)
+                  => (float[b, 2, s, 8] y)
                   { [att] y = Attention (q, k, v, m) }"""
     )
     found = explain(find("fuse.attention")(), ir.from_onnx_text(text))
@@ -123,7 +124,8 @@ def test_rules_that_chase_each_other_are_named() -> None:
 def test_functions_are_left_alone() -> None:
     """Rules make initializers, which a function's body cannot see."""
     text = (
-        '<ir_version: 12, opset_import: ["" : 24, "own" : 1]> g (float[2] x) => (float[2] y) { y = own.silu (x) }'
+        '<ir_version: 12, opset_import: ["" : 24, "own" : 1]>'
+        "g (float[2] x) => (float[2] y) { y = own.silu (x) }"
         '<domain: "own", opset_import: ["" : 24]> silu (x) => (y) { s = Sigmoid (x) y = Mul (x, s) }'
     )
     subject = ir.from_onnx_text(text)

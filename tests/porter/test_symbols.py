@@ -104,7 +104,8 @@ def test_shapes_are_what_onnx_runtime_computes(
 
 
 def test_an_additive_triangle() -> None:
-    text = f"""{HEAD} g (float[sequence, 4] x) => (float[a, b] mask) <float low = {{-3e38}}, int64 one = {{1}}>
+    text = f"""{HEAD} g (float[sequence, 4] x) => (float[a, b] mask)
+    <float low = {{-3e38}}, int64 one = {{1}}>
     {{ s = Shape <start: int = 0, end: int = 1> (x) n = Concat <axis: int = 0> (s, s)
       full = Expand (low, n) mask = Trilu <upper: int = 1> (full, one) }}"""
     model = ir.from_onnx_text(text)
