@@ -16,7 +16,8 @@ from porter.pipeline import Pipeline
 def explain(rule: str, path: Path, target_name: str = "host") -> dict[str, Any]:
     """Run what stands before `rule` in the target's pipeline, then `rule`, and list its near-misses, closest first.
 
-    Near-misses are looked for in what the pass leaves, so they are the places where it did not apply. Raises what
+    Near-misses are looked for in what the pass leaves, so they are the places where it did not apply; one whose
+    first operator alone matched is not near. Raises what
     loading does, PassError PORT-0201 for an unknown pass and PORT-0211 for one that is not made of rewrite rules.
     """
     spec = target.load(target_name)
@@ -32,5 +33,5 @@ def explain(rule: str, path: Path, target_name: str = "host") -> dict[str, Any]:
     return {
         "rule": str(step),
         "edits": step.run(model, Context(spec)),
-        "near_misses": [asdict(m) for m in misses],
+        "near_misses": [asdict(m) for m in misses if m.matched > 1],
     }
