@@ -60,7 +60,8 @@ def load(path: str | os.PathLike) -> ir.Model:
     except ModelError:
         raise
     except Exception as error:  # the boundary to parsers of a file that may hold anything
-        what = f"the model is damaged: {shown(_root(error))}"
+        root = _root(error)
+        what = f"the model is damaged: {type(root).__name__}: {shown(root)}"
         raise ModelError("PORT-0127", what, where=str(path)) from error
     return model
 
@@ -138,7 +139,10 @@ def _serialize(model: ir.Model, layout: Layout, location: str) -> bytes:
             tensor = value.const_value
             swapped.append((value, tensor))
             value.const_value = _stored(value, tensor, layout, location)
-        return ir.to_proto(model).SerializeToString(deterministic=True)
+        with _quiet(
+            logging.getLogger("onnx_ir.serde")
+        ):  # it warns of shapes without types, which are allowed
+            return ir.to_proto(model).SerializeToString(deterministic=True)
     except (EncodeError, ir.serde.SerdeError, ValueError) as error:
         what = f"the model cannot be serialized: {shown(_root(error))}"
         raise ModelError("PORT-0128", what) from error
@@ -271,15 +275,20 @@ def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for node in all_nodes(model):
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
-                yield attribute.as_tensor()
+                yield attribute.value  # not as_tensor, which asks a string tensor for its bytes
             elif attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref():
-                yield from attribute.as_tensors()
+                yield from attribute.value
 
 
 def unique_name(model: ir.Model, base: str) -> str:
-    """`base`, or `base_1`, `base_2`, … when a value of the model has that name already."""
-    taken = {v.name for g in model.graphs() for v in [*g.inputs, *g.initializers.values()]}
-    taken |= {v.name for n in all_nodes(model) for v in n.outputs}
+    """`base`, or `base_1`, `base_2`, … when a value of the main graph or its subgraphs has that name."""
+    return _unused(base, model.graph)
+
+
+def _unused(base: str, graph: ir.Graph) -> str:
+    graphs = [graph, *graph.subgraphs()]
+    taken = {v.name for g in graphs for v in [*g.inputs, *g.initializers.values()]}
+    taken |= {v.name for g in graphs for n in g for v in n.outputs}
     name, count = base, 0
     while name in taken:
         count += 1
@@ -317,7 +326,7 @@ def replace_all_uses(old: ir.Value, new: ir.Value) -> int:
     for i in ends:
         graph.outputs[i] = stand_in
     old.replace_all_uses_with(new)
-    old.name = f"{name}_replaced"
+    old.name = _unused(f"{name}_replaced", graph)
     stand_in.name = name
     return edits
 

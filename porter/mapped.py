@@ -148,7 +148,11 @@ def _check_bounds(tensor: ir.ExternalTensor, size: int) -> None:
 def _map(folder: str, location: str, name: str) -> Mapping:
     with open_beneath(folder, location, name) as fd:
         size = os.fstat(fd).st_size
-        return mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else b""
+        try:
+            return mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else b""
+        except OSError as error:  # every mapping holds a file descriptor
+            what = f"cannot map the external data: {error.strerror}"
+            raise ModelError("PORT-0112", what, where=shown(location)) from error
 
 
 @contextlib.contextmanager

@@ -50,6 +50,9 @@ def _check_opsets(opsets: Mapping[str, int]) -> None:
     if opsets.get("", 1) > newest:
         what = f"the model uses opset {opsets['']}, newer than {newest}, the newest porter knows"
         raise ModelError("PORT-0106", what, hint="export it again with an older opset")
+    for domain, version in opsets.items():
+        if not 0 < version < 2**31:
+            raise ModelError("PORT-0106", f"no domain has a version {version}", where=shown(domain))
 
 
 def _check_calls(model: ir.Model) -> None:
