@@ -620,7 +620,7 @@ def test_mutated_bytes_load_or_are_refused(seeds, data):
 
 
 def survives(folder: Path, content: bytes) -> None:
-    """What loads can be read, checked and written again; anything but a PorterError on the way fails the test."""
+    """What loads can be read, checked and written again; anything but a PorterError fails the test."""
     path = write(folder, content)
     with contextlib.suppress(PorterError):
         model = graph.load(path)
@@ -900,7 +900,7 @@ def test_saving_streams(tmp_path):
     """200 MB, in one tensor of 120 MB and eight of 10 MB, pass through with less than 64 MiB of memory.
 
     The bound: a mapped tensor is written and checked in chunks of 16 MiB whose pages are then dropped, so one
-    chunk and its masks (a byte per value, three of them: 12 MiB) are in memory, whatever the size of a tensor;
+    chunk and its masks (a byte per value, three of them: 12 MiB) are in memory, whatever a tensor's size;
     twice that, rounded up, allows for the allocator. Copying even the one large tensor would take 120 MB.
     """
     model = big(count=1, size=30)
