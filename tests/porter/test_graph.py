@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import hashlib
+import io
 import mmap
 import os
 import resource
@@ -793,6 +794,9 @@ def test_saving_over_the_files_it_is_mapped_from(tmp_path, loader):
     for name in before:
         np.testing.assert_array_equal(after[name], before[name])
         assert model.graph.initializers[name].const_value.tobytes() == before[name].tobytes()
+        copied = io.BytesIO()
+        model.graph.initializers[name].const_value.tofile(copied)
+        assert copied.getvalue() == before[name].tobytes()
     same(values(graph.load(path)), after)
     graph.save(model, tmp_path / "elsewhere.onnx")  # still whole
     same(values(graph.load(tmp_path / "elsewhere.onnx")), after)
