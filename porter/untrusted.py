@@ -218,7 +218,8 @@ def _check_external(tensor: onnx.TensorProto, dtype: ir.DataType, where: str) ->
         raise ModelError("PORT-0118", "the tensor has both external and inline data", where=where)
     known = [(e.key, e.value) for e in tensor.external_data if e.key in ("location", "offset", "length")]
     entries = dict(known)
-    if len(entries) != len(known) or not entries.get("location"):
+    text = all(isinstance(v, str) for v in entries.values())  # protobuf gives bytes for bad UTF-8
+    if not text or len(entries) != len(known) or not entries.get("location"):
         raise ModelError(
             "PORT-0118", "external data wants exactly one location, offset and length", where=where
         )

@@ -628,6 +628,7 @@ def survives(folder: Path, content: bytes) -> None:
         graph.check_finite(model)
         graph.save(model, folder / "again.onnx")
         graph.load(folder / "again.onnx")
+    with contextlib.suppress(PorterError):
         graph.digest(path)
 
 
