@@ -39,8 +39,8 @@ def exported(name: str, models: Path, work: Path) -> Path:
 
 def ported(name: str, models: Path, work: Path, **options: object) -> Runnable:
     """The model's bundle, opened."""
-    tag = "-".join(str(v) for v in options.values()) or "fp32"
-    out = work / name / tag.replace("/", "_")
+    tag = "-".join(f"{k}-{v}" for k, v in options.items()) or "fp32"
+    out = work / name / tag
     if not out.exists():
         data = "random" if name.startswith("minilm") else ""
         convert(exported(name, models, work), out, Options(data=data, **options))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,8 +33,18 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 Budget = Annotated[str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when it is exceeded.")]
 
 
+class Interrupted(BaseException):
+    """Ctrl-C or a request to end: unlike KeyboardInterrupt, no library on the way answers it for us."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted(number)
+
+
 def main() -> None:
     """Run the command line; every failure is one line on stderr and an exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
@@ -43,9 +54,9 @@ def main() -> None:
             raise
         print(f"porter: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except Interrupted as interrupted:
         print("porter: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + interrupted.args[0])
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

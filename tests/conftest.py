@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import porter  # noqa: F401, I001  (before ONNX Runtime, whose telemetry it forbids)
 import onnx_ir as ir
 import onnxruntime
 import pytest
