@@ -45,7 +45,9 @@ def lower(
     build.write_library(build.compiled(module, target_tvm), folder / LIBRARY)
     progress(0.6)
     total = sum(p.bytes for p in imported.parameters) or 1
-    weights.write(imported.parameters, folder / WEIGHTS, lambda done: progress(0.6 + 0.4 * min(1.0, done / total)))
+    weights.write(
+        imported.parameters, folder / WEIGHTS, lambda done: progress(0.6 + 0.4 * min(1.0, done / total))
+    )
     (folder / PLAN).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
     return made
 
