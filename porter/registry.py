@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -55,17 +57,24 @@ def describe() -> list[dict[str, str]]:
 def _from_file(path: Path) -> type[Pass]:
     if not path.is_file():
         raise PassError("PORT-0201", "there is no such pass file", where=str(path))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    cls = _only_pass(_load(path.resolve(), path.stat().st_mtime_ns), str(path))
+    cls.name = str(path)  # so that the pipeline text reads back
+    return cls
+
+
+@functools.cache
+def _load(path: Path, changed: int) -> object:
+    """The module of a file, loaded once for as long as it does not change, so that equal passes are equal."""
+    spec = importlib.util.spec_from_file_location(f"porter_pass_file_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look annotations up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise PassError("PORT-0208", f"the file does not load: {error}", where=str(path)) from error
-    cls = _only_pass(module, str(path))
-    cls.name = str(path)  # so that the pipeline text reads back
-    return cls
+    return module
 
 
 def _only_pass(module: object, name: str) -> type[Pass]:

@@ -60,8 +60,9 @@ def run_onnx() -> Callable[..., Feeds]:
 def make_feeds() -> Callable[..., Feeds]:
     """make_feeds(model, seed, batch=…, …): seeded noise for each input, its named dimensions as given.
 
-    Integers are tokens or positions of 0 to 2; an `attention_mask` hides the first token of every row but the first
-    when there is a past (padding on the left), and the last one of such rows otherwise; never the only one.
+    Integers are tokens or positions of 0 to 2; an `attention_mask` hides the first token of every row but the
+    first when there is a past (padding on the left), and the last one of such rows otherwise; never the only
+    one.
     """
 
     def make(model: ir.Model, seed: int, **sizes: int) -> Feeds:
@@ -89,8 +90,8 @@ def make_feeds() -> Callable[..., Feeds]:
 def decoder() -> Callable[[str], ir.Model]:
     """decoder(name): an exported decoder of tests/graphs with seeded random weights.
 
-    Two layers, hidden 32, four heads of 8 on two key heads, vocabulary 64. The texts are torch.onnx exports without
-    their weights, which stand as inputs there.
+    Two layers, hidden 32, four heads of 8 on two key heads, vocabulary 64. The texts are torch.onnx exports
+    without their weights, which stand as inputs there.
     """
 
     def build(name: str) -> ir.Model:
