@@ -1,4 +1,4 @@
-"""Fixtures that several tests share."""
+"""Fixtures that several tests share, and the rule that in CI a skipped test is a failure."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under CI=true, tests that did not run fail the suite, but those that need a GPU."""
+    if session.exitstatus == pytest.ExitCode.OK and _wrongly_skipped(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name them; pytest's own summary line comes after this."""
+    for report in _wrongly_skipped(config):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        terminalreporter.write_line(f"CI: {report.nodeid} must run: {reason}", red=True)
+
+
+def _wrongly_skipped(config: pytest.Config) -> list[pytest.TestReport]:
+    reporter = config.pluginmanager.getplugin("terminalreporter")  # none in a worker of pytest-xdist
+    if os.environ.get("CI") != "true" or reporter is None:
+        return []
+    return [report for report in reporter.stats.get("skipped", []) if "gpu" not in report.keywords]
 
 
 @pytest.fixture(scope="session")
