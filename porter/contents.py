@@ -30,7 +30,7 @@ def infer(facts: Facts, node: ir.Node) -> Content | None:
 
 
 def of_constant(value: ir.Value) -> Content | None:
-    """The content of an initializer or a Constant's output: a short vector, one number, or a lower triangle."""
+    """The content of an initializer or Constant: a short vector, one number, or a lower triangle."""
     array = constant(value, _TRIANGLE) if _worth_reading(value) else None
     if array is None or array.size == 0:
         return None
@@ -100,7 +100,9 @@ def _moved(facts: Facts, node: ir.Node) -> Content | None:
     """Reshape, Squeeze, Unsqueeze, Flatten: known when only axes of size one come or go."""
     content = facts.content(node.inputs[0])
     before, after = facts.shape(node.inputs[0]), facts.shape(node.outputs[0])
-    if isinstance(content, tuple) or (isinstance(content, sympy.Expr) and after is not None and len(after) < 2):
+    if isinstance(content, tuple) or (
+        isinstance(content, sympy.Expr) and after is not None and len(after) < 2
+    ):
         elements = facts.vector(node.inputs[0])
         if elements is None or after is None or len(after) > 1:
             return None
@@ -140,7 +142,9 @@ def _slice(facts: Facts, node: ir.Node) -> Content | None:
         fixed = start.is_Integer and end.is_Integer
         return content[int(start) : int(end) : step] or None if fixed else None
     rank = len(shape)
-    return substitute(content, {AXES[rank - 1 - a]: s + k * AXES[rank - 1 - a] for a, (s, _, k) in bounds.items()})
+    return substitute(
+        content, {AXES[rank - 1 - a]: s + k * AXES[rank - 1 - a] for a, (s, _, k) in bounds.items()}
+    )
 
 
 def _gather(facts: Facts, node: ir.Node) -> Content | None:
@@ -193,7 +197,7 @@ def _known(result: object) -> Dim | None:
 
 
 def _on_choice(function: Callable[[object, object], object], a: Content, b: Content) -> Content | None:
-    """Arithmetic with floats and choices: with one test it applies to both branches; a product with 0 narrows."""
+    """Arithmetic with floats and choices: applied to both branches; a product with 0 narrows."""
     if isinstance(a, All) or isinstance(b, All) or isinstance(a, sympy.Expr) or isinstance(b, sympy.Expr):
         return None
     if isinstance(a, float) and isinstance(b, float):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CacheTensor:
-    """One cache tensor: the input it comes in by, the output it goes out by, its kind (`key`, `value_scale`, …)."""
+    """One cache tensor: its input, its output, its layer and its kind (`key`, `value_scale`, …)."""
 
     past: str
     present: str
@@ -35,8 +35,8 @@ class Decoder:
     `cache` is `none` (an encoder, or no cache), `concat` (present is past with the new tokens at its end) or
     `static` (past is a preallocated buffer of `capacity` tokens, written in place; the input `lengths`, int64
     [batch], says how many of its tokens are valid). `output` is the logits [batch, sequence, vocabulary], or
-    an encoder's hidden states. `others` are inputs porter has no meaning for. `context` is the most tokens the
-    model was made for, 0 when the model does not say; `eos` are the tokens that end a text.
+    an encoder's hidden states. `others` are inputs porter has no meaning for. `context` is the most tokens
+    the model was made for, 0 when the model does not say; `eos` are the tokens that end a text.
     """
 
     tokens: str
@@ -72,11 +72,11 @@ _KINDS = {"k": "key", "v": "value"}
 
 
 def recognise(model: ir.Model) -> Decoder:
-    """Find out what the model's inputs and outputs mean, by name first and by structure where names say nothing.
+    """What the model's inputs and outputs mean, by name, and by structure where names say nothing.
 
-    Raises ModelError PORT-0131 when nothing looks like tokens, or like an answer to them; PORT-0132 when there are
-    caches that porter cannot step: one without its other side, or of a fixed length and no input that says how much
-    of it is in use.
+    Raises ModelError PORT-0131 when nothing looks like tokens, or like an answer to them; PORT-0132 when
+    there are caches that porter cannot step: one without its other side, or of a fixed length and no input
+    that says how much of it is in use.
     """
     inputs = {v.name: v for v in model.graph.inputs if v.name and not v.is_initializer()}
     outputs = {v.name: v for v in model.graph.outputs if v.name}
@@ -133,7 +133,7 @@ def _by_place(names: Mapping[str, ir.Value]) -> dict[tuple[int, str], str]:
 
 
 def _find_tokens(inputs: Mapping[str, ir.Value], spent: set[str]) -> str:
-    """The integer [batch, sequence] input that indexes the largest table; ids of positions and types index less."""
+    """The integer [batch, sequence] input that indexes the largest table; positions and types index less."""
     found = {n: _table_rows(v) for n, v in inputs.items() if n not in spent and _is_ids(v)}
     best = max(found, key=lambda n: found[n], default="")
     if not best or not found[best]:
@@ -173,8 +173,8 @@ _LINKS = {("Concat", 0): 0, ("TensorScatter", 0): 0, ("Attention", 4): 1, ("Atte
 def _linked_caches(candidates: list[ir.Value], outputs: Mapping[str, ir.Value]) -> list[CacheTensor]:
     """Caches without telling names: 4-D float inputs, each with the output that one node makes of it.
 
-    Where no node links them directly, inputs and outputs are paired in order. Keys and values alternate unless an
-    Attention node says which is which.
+    Where no node links them directly, inputs and outputs are paired in order. Keys and values alternate
+    unless an Attention node says which is which.
     """
     pasts = [v for v in candidates if _is_cache(v)]
     presents = [v for v in outputs.values() if _is_cache(v)]
@@ -271,11 +271,11 @@ def feeds(
     caches: Mapping[str, np.ndarray],
     inputs: Mapping[str, TensorSpec] | None = None,
 ) -> Feeds:
-    """Everything a step wants: `tokens` [batch, sequence] after `past` (one length, or int64 [batch]) cached tokens.
+    """A step's feeds: `tokens` [batch, sequence] after `past` cached ones (one length, or int64 [batch]).
 
-    Positions are past + arange; the mask is ones [batch, past + sequence], or up to the longest row, and 0 for what a
-    shorter row has not; token types are zeros. Types are int64 unless `inputs` says otherwise, and positions that
-    `inputs` has with one axis get one row.
+    Positions are past + arange; the mask is ones [batch, past + sequence], or up to the longest row, and 0
+    for what a shorter row has not; token types are zeros. Types are int64 unless `inputs` says otherwise, and
+    positions that `inputs` has with one axis get one row.
     """
     batch, sequence = tokens.shape
     before = np.broadcast_to(np.asarray(past, np.int64), (batch,))
@@ -308,8 +308,9 @@ def _fitted(array: np.ndarray, spec: TensorSpec | None) -> np.ndarray:
 def empty_caches(decoder: Decoder, inputs: Mapping[str, TensorSpec], batch: int) -> Feeds:
     """Zeroed caches of no tokens (`concat`) or of the full capacity (`static`), by input name.
 
-    Buffers start at a multiple of 64 bytes, since compiled kernels load whole vectors. Raises OptionError PORT-0141
-    when the model has another fixed batch, ModelError PORT-0132 when a cache has an axis of unknown size.
+    Buffers start at a multiple of 64 bytes, since compiled kernels load whole vectors. Raises OptionError
+    PORT-0141 when the model has another fixed batch, ModelError PORT-0132 when a cache has an axis of unknown
+    size.
     """
     return {c.past: _empty_cache(c.past, inputs[c.past], batch) for c in decoder.caches}
 

@@ -25,6 +25,8 @@ import numpy as np
 import onnx_ir as ir
 
 from porter.errors import ExportError
+from porter.export_feeds import cases, computed, feeds
+from porter.export_source import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 
 FACTOR = 4.0
 EPSILON = 2.0**-23
-LONGEST = 256  # tokens of the longest probe: enough to leave every short-sequence path, and cheap
-SAMPLED = 24
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def measure(path: Path, model: ir.Model, flat: Source, allowed: float) -> list[P
     names = [o.name for o in model.graph.outputs]
     run = _runner(path, {})
     probes = [
-        compare(name, names, _torch(flat, inputs, name), run(inputs), allowed)
-        for name, inputs in _cases(flat)
+        compare(name, names, computed(flat, inputs, name), run(inputs), allowed)
+        for name, inputs in cases(flat)
     ]
     return probes + _zero_row(path, model, flat, names, allowed)
 
@@ -124,7 +124,7 @@ def _refuse(probes: list[Probe]) -> None:
     raise ExportMismatch("PORT-0720", what, where=where, hint=hint)
 
 
-# ---- the two sides
+# ---- ONNX Runtime
 
 
 def _runner(path: Path, replaced: dict[str, np.ndarray]) -> Callable[[dict], list[np.ndarray]]:
@@ -141,102 +141,17 @@ def _runner(path: Path, replaced: dict[str, np.ndarray]) -> Callable[[dict], lis
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportMismatch(
-            "PORT-0722", f"ONNX Runtime cannot load the exported file: {_line(error)}"
-        ) from error
+        what = f"ONNX Runtime cannot load the exported file: {first_line(error)}"
+        raise ExportMismatch("PORT-0722", what) from error
 
     def run(inputs: dict[str, np.ndarray], keep: object = values) -> list[np.ndarray]:
         try:
             return session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})
         except Exception as error:
-            raise ExportMismatch(
-                "PORT-0722", f"ONNX Runtime cannot run the exported file: {_line(error)}"
-            ) from error
+            what = f"ONNX Runtime cannot run the exported file: {first_line(error)}"
+            raise ExportMismatch("PORT-0722", what) from error
 
     return run
-
-
-def _torch(
-    flat: Source, inputs: dict[str, np.ndarray], name: str = "", finite: bool = True
-) -> list[np.ndarray]:
-    """The outputs of the PyTorch module. Raises PORT-0723 (not `finite`), PORT-0724 (it fails)."""
-    import torch
-
-    tensors = [torch.from_numpy(a) for a in inputs.values()]
-    arguments = (tensors,) if flat.kind == "encoder" else (tensors[0], tensors[1:])
-    try:
-        with torch.no_grad():
-            outputs = [t.numpy() for t in flat.module(*arguments)]
-    except Exception as error:
-        raise ExportError("PORT-0724", f"the PyTorch model fails: {_line(error)}", where=name) from error
-    if finite and not all(np.isfinite(o).all() for o in outputs):
-        raise ExportError("PORT-0723", "the PyTorch model gives NaN or infinity", where=name)
-    return outputs
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# ---- what is fed
-
-
-def _cases(flat: Source) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """(name, inputs) of each comparison; caches come from running PyTorch, so that they have a real scale."""
-    random = np.random.default_rng(0)
-    longest = min(flat.context_length, LONGEST)
-    if flat.kind == "encoder":
-        yield from _encoder_cases(flat, random, longest)
-        return
-    story = sampled(flat, min(SAMPLED, longest))
-    yield f"sampled text, batch 1, sequence {story.shape[1]}, past 0", feeds(flat, story)
-    for batch, sequence, past in (
-        (1, 1, 0),
-        (3, 5, 0),
-        (3, 1, 1),
-        (1, 5, 7),
-        (3, 4, 7),
-        (1, longest, 0),
-        (1, 1, longest - 1),
-    ):
-        if sequence + past > longest:
-            continue
-        tokens = random.integers(0, flat.vocab_size, (batch, past + sequence))
-        caches = _torch(flat, feeds(flat, tokens[:, :past]))[1:] if past else None
-        name = f"random tokens, batch {batch}, sequence {sequence}, past {past}"
-        yield name, feeds(flat, tokens[:, past:], caches)
-
-
-def _encoder_cases(flat: Source, random: np.random.Generator, longest: int) -> Iterator[tuple[str, dict]]:
-    for batch, sequence in ((1, 1), (1, 17), (3, 5), (1, longest)):
-        tokens = random.integers(0, flat.vocab_size, (batch, min(sequence, longest)))
-        for padded in (False, True):
-            mask = np.ones_like(tokens)
-            if padded:
-                mask[0, tokens.shape[1] // 2 + 1 :] = 0
-            types = (np.arange(tokens.shape[1]) >= 2).astype(np.int64) * np.ones_like(tokens)
-            known = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types}
-            name = f"random tokens, batch {batch}, sequence {tokens.shape[1]}{', padded' if padded else ''}"
-            yield name, {n: known.get(n, np.zeros_like(tokens)) for n in flat.inputs}
-
-
-def feeds(flat: Source, tokens: np.ndarray, caches: list[np.ndarray] | None = None) -> dict[str, np.ndarray]:
-    """Inputs of a decoder, in the graph's order; without `caches` the past is empty."""
-    empty = (np.zeros((len(tokens), heads, 0, size), np.float32) for heads, size in flat.caches)
-    kinds = (f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}" for i in range(len(flat.caches)))
-    return {"input_ids": tokens, **dict(zip(kinds, caches or empty, strict=True))}
-
-
-def sampled(flat: Source, length: int) -> np.ndarray:
-    """int64 [1, length] drawn from the model itself at temperature 1, beginning with its first token."""
-    random = np.random.default_rng(1)
-    tokens = [int(flat.metadata.get("porter.bos", "0").split(",")[0])]
-    caches = None
-    while len(tokens) < length:
-        logits, *caches = _torch(flat, feeds(flat, np.array([tokens[-1:]]), caches))
-        chances = np.exp(logits[0, -1].astype(np.float64) - logits[0, -1].max())
-        tokens.append(int(random.choice(len(chances), p=chances / chances.sum())))
-    return np.array([tokens])
 
 
 # ---- the adapter itself
@@ -253,25 +168,18 @@ def cache_probes(flat: Source, allowed: float) -> list[Probe]:
     half = tokens.shape[1] // 2
     if not half:
         return []
-    whole = _torch(flat, feeds(flat, tokens))[0]
-    parts = _torch(flat, feeds(flat, tokens[:, half:], _torch(flat, feeds(flat, tokens[:, :half]))[1:]))[0]
+    whole = computed(flat, feeds(flat, tokens))[0]
+    past = computed(flat, feeds(flat, tokens[:, :half]))[1:]
+    parts = computed(flat, feeds(flat, tokens[:, half:], past))[0]
     probes = [compare("text in two parts", ["logits"], [whole[:, half:]], [parts], allowed)]
     if flat.plain:
         with torch.no_grad():
-            probes.append(
-                compare(
-                    "without a cache",
-                    ["logits"],
-                    [flat.plain(torch.from_numpy(tokens)).numpy()],
-                    [whole],
-                    allowed,
-                )
-            )
+            plain = flat.plain(torch.from_numpy(tokens)).numpy()
+        probes.append(compare("without a cache", ["logits"], [plain], [whole], allowed))
     if (worst := max(probes, key=lambda p: p.share)).share > 1:
         what = f"PyTorch with a cache differs from PyTorch without by {worst.share:.3g} times the bound"
-        raise ExportMismatch(
-            "PORT-0721", what, where=worst.name, hint="present must be past with the new tokens after it"
-        )
+        hint = "present must be past with the new tokens after it"
+        raise ExportMismatch("PORT-0721", what, where=worst.name, hint=hint)
     return probes
 
 
@@ -291,15 +199,20 @@ def _zero_row(path: Path, model: ir.Model, flat: Source, names: list[str], allow
         )
         inputs["input_ids"] = tokens
         return [
-            compare("a zero embedding row", names, _torch(flat, inputs, finite=False), run(inputs), allowed)
+            compare("a zero embedding row", names, computed(flat, inputs, finite=False), run(inputs), allowed)
         ]
 
 
 def _embedding(model: ir.Model) -> str | None:
-    for use in model.graph.inputs[0].uses():
-        table = use.node.inputs[0] if use.node.op_type == "Gather" else None
-        if table is not None and table.is_initializer():
-            return table.name
+    """The weight whose rows the tokens choose, if they do so directly or after a change of shape."""
+    values = [model.graph.inputs[0]]
+    for value in values:
+        for node in (use.node for use in value.uses()):
+            table = node.inputs[0]
+            if node.op_type == "Gather" and table is not None and table.is_initializer():
+                return table.name
+            if node.op_type in {"Reshape", "Unsqueeze", "Squeeze", "Cast"}:
+                values.append(node.outputs[0])
     return None
 
 

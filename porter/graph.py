@@ -36,17 +36,18 @@ __all__ = [
     "weight_bytes",
 ]
 
-# A vector register and a cache line of the widest host. Mapped files start on a page, so a tensor is aligned in
-# memory as in the file. ONNX Runtime maps any offset; whole pages would waste 4 KiB for every bias and norm.
+# A vector register and a cache line of the widest host. Mapped files start on a page, so a tensor is aligned
+# in memory as in the file. ONNX Runtime maps any offset; whole pages would waste 4 KiB for every bias and
+# norm.
 ALIGNMENT = 64
 
 
 def load(path: str | os.PathLike) -> ir.Model:
     """Read a model of any size; weights in external data stay on disk until they are read.
 
-    External data must be regular files in the model's folder, reached without links. Nodes that are merely out of
-    order are sorted. Raises ModelError PORT-0101 to PORT-0125, PORT-0127 or PORT-0129; NaN and infinity are
-    `check_finite`'s.
+    External data must be regular files in the model's folder, reached without links. Nodes that are merely
+    out of order are sorted. Raises ModelError PORT-0101 to PORT-0125, PORT-0127 or PORT-0129; NaN and
+    infinity are `check_finite`'s.
     """
     path = Path(path)
     proto = untrusted.read(path)
@@ -92,11 +93,11 @@ def _root(error: BaseException) -> BaseException:
 def save(model: ir.Model, path: str | os.PathLike, *, threshold: int = 1024) -> None:
     """Write `path` and, for initializers above `threshold` bytes, `<stem>.onnx.data` beside it.
 
-    The same model gives the same bytes: tensors lie in graph order at multiples of 64. One tensor at a time is in
-    memory. Both files are written under temporary names and renamed, data first; an interrupted save leaves the old
-    files. The model may be mapped from the very files that are replaced, and stays readable afterwards. A data file
-    that is no longer needed is left alone, because another model may use it.
-    Raises ModelError PORT-0128 when it cannot be written, EnvironmentFailure PORT-0901 when the disk is full.
+    The same model gives the same bytes: tensors lie in graph order at multiples of 64. One tensor at a time
+    is in memory. Both files are written under temporary names and renamed, data first; an interrupted save
+    leaves the old files. The model may be mapped from the very files that are replaced, and stays readable
+    afterwards. A data file that is no longer needed is left alone, because another model may use it. Raises
+    ModelError PORT-0128 when it cannot be written, EnvironmentFailure PORT-0901 when the disk is full.
     """
     path = Path(path)
     data = path.with_name(f"{path.stem}.onnx.data")
@@ -220,8 +221,8 @@ def _file_digest(folder: Path, location: str) -> str:
 def check_finite(model: ir.Model) -> None:
     """Raise ModelError PORT-0126 for a tensor with NaN or infinity; reads all weights, a chunk at a time.
 
-    Masks are let through: scalars (a bound of Clip, a filler of Where), and tensors whose finite values are all zero
-    and whose others are -inf.
+    Masks are let through: scalars (a bound of Clip, a filler of Where), and tensors whose finite values are
+    all zero and whose others are -inf.
     """
     named = [(v.name, v.const_value) for v in _initialized(model)]
     for name, tensor in [*named, *((t.name, t) for t in _constants(model))]:
@@ -300,8 +301,8 @@ def initializer(model: ir.Model, name: str, value: np.ndarray | ir.TensorProtoco
 def replace_all_uses(old: ir.Value, new: ir.Value) -> int:
     """Let every user of `old` use `new`, and return how many did.
 
-    If `old` is a graph output, `new` takes its place and its name, through an Identity when `new` has a name that
-    the outside knows too (an input, an initializer or another output).
+    If `old` is a graph output, `new` takes its place and its name, through an Identity when `new` has a name
+    that the outside knows too (an input, an initializer or another output).
     """
     edits = len(old.uses()) + old.is_graph_output()
     output = old.is_graph_output()

@@ -23,10 +23,11 @@ Mapping = mmap.mmap | bytes  # bytes: an empty file, which cannot be mapped
 
 
 class MappedTensor(ir.ExternalTensor):
-    """An external tensor that holds its file's mapping, so a file renamed over the old one does not change it.
+    """An external tensor that holds its file's mapping, so a file renamed over the old one changes nothing.
 
-    `release` forgets the decoded array only; the mapping is shared with the file's other tensors. As with every
-    memory map, a process that truncates the file meanwhile kills this one: replace files, do not rewrite them.
+    `release` forgets the decoded array only; the mapping is shared with the file's other tensors. As with
+    every memory map, a process that truncates the file meanwhile kills this one: replace files, do not
+    rewrite them.
     """
 
     __slots__ = ()
@@ -69,7 +70,7 @@ class MappedTensor(ir.ExternalTensor):
             self.forget(start, start + CHUNK)
 
     def forget(self, start: int, stop: int) -> None:
-        """Let the kernel drop the pages of bytes `start` to `stop`; they are read again when they are needed."""
+        """Let the kernel drop the pages of bytes `start` to `stop`; they are read again when needed."""
         if not isinstance(self.raw, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
             return
         first = (self.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -154,9 +155,9 @@ def _map(folder: str, location: str, name: str) -> Mapping:
 def open_beneath(folder: str | Path, location: str, name: str = "") -> Iterator[int]:
     """A file descriptor of a regular file inside `folder`, reached without following any link.
 
-    Every part of the path is opened relative to the one before it, so nothing can be swapped in between. Refuses
-    with ModelError: a path that leaves the folder PORT-0108, a symbolic link PORT-0109, a hard link PORT-0110, what
-    is not a regular file PORT-0111, a missing or unreadable file PORT-0112.
+    Every part of the path is opened relative to the one before it, so nothing can be swapped in between.
+    Refuses with ModelError: a path that leaves the folder PORT-0108, a symbolic link PORT-0109, a hard link
+    PORT-0110, what is not a regular file PORT-0111, a missing or unreadable file PORT-0112.
     """
     where = f"{name}: {shown(location)}" if name else shown(location)
     parts = _parts(location, where)

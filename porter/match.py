@@ -11,6 +11,11 @@ from onnx_ir.passes import common
 SMALL = 4096  # elements; what is larger is a weight, and is not read
 
 
+def words(text: str) -> frozenset[str]:
+    """The words of a text: a set of operators, written so that it can be read."""
+    return frozenset(text.split())
+
+
 def constant(value: ir.Value | None, limit: int = SMALL) -> np.ndarray | None:
     """The array of an initializer or of a Constant's output, if it has at most `limit` elements.
 
@@ -60,7 +65,9 @@ def graphs(model: ir.Model) -> Iterator[ir.Graph]:
 
 def fresh_name(graph: ir.Graph, wanted: str) -> str:
     """`wanted`, or with the first number that makes it a name that no value of the graph has."""
-    taken = {v.name for n in graph for v in n.outputs} | {v.name for v in graph.inputs} | set(graph.initializers)
+    taken = (
+        {v.name for n in graph for v in n.outputs} | {v.name for v in graph.inputs} | set(graph.initializers)
+    )
     name, count = wanted, 1
     while name in taken:
         name, count = f"{wanted}_{count}", count + 1
@@ -72,16 +79,18 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol | np.n
     tensor = ir.tensor(tensor) if isinstance(tensor, np.ndarray) else tensor
     name = fresh_name(graph, name)
     tensor.name = name
-    value = ir.Value(name=name, shape=ir.Shape(list(tensor.shape)), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(list(tensor.shape)), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 
 
 def bypass(node: ir.Node, value: ir.Value) -> bool:
-    """Remove `node`, whose first output always equals `value`; False when the graph's outputs do not allow it.
+    """Remove `node`, whose first output always equals `value`; False if the graph's outputs forbid it.
 
-    An output of the graph keeps its name, so a node that copies an input, an initializer, another output or a value
-    of an outer graph to an output has to stay.
+    An output of the graph keeps its name, so a node that copies an input, an initializer, another output or a
+    value of an outer graph to an output has to stay.
     """
     old, graph = node.outputs[0], node.graph
     assert graph is not None

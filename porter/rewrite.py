@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript.optimizer import basic_constant_propagation
 from onnxscript.rewriter import MatchingTracer, MatchResult, MatchStatus, RewriteRule, RewriteRuleSet
-from onnxscript.rewriter._basics import MatchFailureError as Mismatch
+from onnxscript.rewriter._basics import MatchFailureError
 from onnxscript.rewriter._rewrite_rule import RULE_NAME_TAG
 
 from porter.context import Context
@@ -19,6 +19,7 @@ from porter.match import graphs, tidy
 from porter.pipeline import Pass
 from porter.symbols import Facts, write_shapes
 
+Mismatch = MatchFailureError  # raised by what a check or a rewrite calls: Mismatch(reason, node)
 _ROUNDS = 100  # a rule set that is still rewriting after this many sweeps is chasing itself
 
 
@@ -26,8 +27,8 @@ _ROUNDS = 100  # a rule set that is still rewriting after this many sweeps is ch
 class Rewrite(Pass):
     """A pass that is a list of rules, applied until none matches.
 
-    A rule is a `RewriteRuleClassBase` with `pattern`, `check` and `rewrite`. A check that declines says why, by
-    `MatchResult().fail(reason, node)` or by raising `Mismatch(reason, node)`: `explain` shows it.
+    A rule is a `RewriteRuleClassBase` with `pattern`, `check` and `rewrite`. A check that declines says why,
+    by `MatchResult().fail(reason, node)` or by raising `Mismatch(reason, node)`: `explain` shows it.
     """
 
     @abstractmethod
@@ -35,7 +36,7 @@ class Rewrite(Pass):
         """Fresh rules for one sweep over a graph; `facts` knows shapes and masks of its values."""
 
     def run(self, model: ir.Model, context: Context) -> int:
-        """Sweep until no rule matches; the number of replacements. PassError PORT-0210 when there is no end."""
+        """Sweep until no rule matches; the number of replacements. PassError PORT-0210 without end."""
         edits = 0
         for _ in range(_ROUNDS):
             rules = self.rules(Facts(model.graph))
@@ -48,7 +49,9 @@ class Rewrite(Pass):
             _forget_rule_names(model)
             tidy(model)
         names = ", ".join(sorted({str(r.name) for r in rules}))
-        raise PassError("PORT-0210", f"still rewriting after {_ROUNDS} sweeps", where=self.name, hint=f"rules: {names}")
+        raise PassError(
+            "PORT-0210", f"still rewriting after {_ROUNDS} sweeps", where=self.name, hint=f"rules: {names}"
+        )
 
 
 def _forget_rule_names(model: ir.Model) -> None:
@@ -60,7 +63,7 @@ def _forget_rule_names(model: ir.Model) -> None:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A place where a rule matched in part: `matched` nodes from `node` on, until `failed` for this `reason`."""
+    """Where a rule matched in part: `matched` nodes from `node` on, until `failed` for this `reason`."""
 
     rule: str
     node: str
@@ -100,7 +103,9 @@ class _Last(MatchingTracer):
 
     result: MatchResult | None = None
 
-    def log(self, rule: RewriteRule, container: ir.Graph, node: ir.Node, result: MatchResult, status: MatchStatus) -> None:
+    def log(
+        self, rule: RewriteRule, container: ir.Graph, node: ir.Node, result: MatchResult, status: MatchStatus
+    ) -> None:
         self.result, self.status = result, status
 
 
@@ -141,11 +146,17 @@ def _label(thing: ir.Node | ir.Value) -> str:
 
 _WORDING = (
     (r"OpType mismatch: expected '?(.*?)'?, got '?(.*?)'?\.?$", r"wanted \1, found \2"),
-    (r"Domain mismatch: expected '?(.*?)'?, got '?(.*?)'?\.?$", r"wanted an operator of domain '\1', found one of '\2'"),
+    (
+        r"Domain mismatch: expected '?(.*?)'?, got '?(.*?)'?\.?$",
+        r"wanted an operator of domain '\1', found one of '\2'",
+    ),
     (r"Attribute (\w+) not found in node\.", r"wanted attribute \1, found none"),
     (r"Attribute (\w+) not expected in node\.", r"found attribute \1, wanted none"),
     (r"Attribute (\w+) mismatch: expected (.*?), got (.*?)\.?$", r"wanted \1=\2, found \3"),
-    (r"Mismatch: Computed node pattern does not match uncomputed IR value\.", "wanted a computed value, found an input"),
+    (
+        r"Mismatch: Computed node pattern does not match uncomputed IR value\.",
+        "wanted a computed value, found an input",
+    ),
     (r"Matched nodes have other uses preventing replacement\.", "an inner value is used elsewhere"),
 )
 

@@ -7,22 +7,25 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 import sympy
 
-from porter.match import attribute
+from porter.match import attribute, words
 from porter.symbols import ONE, ZERO, Dim, Facts, Shape, product, same, surely_nonnegative
 
 Rule = Callable[[Facts, ir.Node], Sequence[Shape | None]]
 
-_LIKE_FIRST = frozenset(
-    "Abs Cast CastLike Ceil Clip Cos CumSum DequantizeLinear Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish "
-    "Identity IsInf IsNaN LayerNormalization LeakyRelu Log LogSoftmax Mish Neg Not QuantizeLinear RMSNormalization "
-    "Reciprocal Relu RotaryEmbedding Round ScatterElements ScatterND Sigmoid Sign Sin Softmax Softplus Sqrt Swish "
-    "Tanh TensorScatter Trilu".split()
+_LIKE_FIRST = words(
+    "Abs Cast CastLike Ceil Clip Cos CumSum DequantizeLinear Dropout Elu Erf Exp Floor Gelu HardSigmoid "
+    "HardSwish Identity IsInf IsNaN LayerNormalization LeakyRelu Log LogSoftmax Mish Neg Not "
+    "QuantizeLinear RMSNormalization Reciprocal Relu RotaryEmbedding Round ScatterElements ScatterND "
+    "Sigmoid Sign Sin Softmax Softplus Sqrt Swish Tanh TensorScatter Trilu"
 )
-_BROADCAST = frozenset(
-    "Add And BitwiseAnd BitwiseOr Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mod Mul Or PRelu Pow Sub "
-    "Where Xor".split()
+_BROADCAST = words(
+    "Add And BitwiseAnd BitwiseOr Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mod Mul Or "
+    "PRelu Pow Sub Where Xor"
 )
-_REDUCE = frozenset(f"Reduce{k}" for k in "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare".split())
+_REDUCE = frozenset(
+    f"Reduce{k}"
+    for k in ["L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare"]
+)
 
 
 def infer(facts: Facts, node: ir.Node) -> Sequence[Shape | None]:
@@ -63,7 +66,7 @@ def _axis(node: ir.Node, rank: int, default: int = 0) -> int:
 
 
 def axes_of(facts: Facts, node: ir.Node, rank: int) -> list[int] | None:
-    """The axes that a node names by its second input or by its attribute, made non-negative; None if unknown."""
+    """The axes that a node names by second input or attribute, made non-negative; None if unknown."""
     if len(node.inputs) > 1 and node.inputs[1] is not None:
         found = facts.vector(node.inputs[1])
         if found is None or not all(a.is_Integer for a in found):

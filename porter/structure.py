@@ -1,4 +1,4 @@
-"""Is a graph well formed: single assignment, defined and sorted values, operators used as their schemas say."""
+"""Whether a graph is well formed: values defined once and in order, operators as their schemas say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from porter.errors import ModelError
 from porter.mapped import all_nodes
 from porter.untrusted import shown
 
-# Domains whose every operator onnx has a schema for. Other domains are let through here; check.support judges them.
+# Domains whose every operator onnx has a schema for. Other domains are let through here; check.support judges
+# them.
 CHECKED = ("", "ai.onnx.ml", "ai.onnx.preview.training")
 OWN = "porter"  # its operators are model-local functions, or a mistake
 
@@ -21,11 +22,11 @@ Defined = ChainMap[str, ir.Value]
 
 
 def verify(model: ir.Model) -> None:
-    """Raise ModelError unless the model is well formed; reads no weights, so it is cheap enough for every pass.
+    """Raise ModelError unless the model is well formed; reads no weights, so it can follow every pass.
 
-    PORT-0106: an opset newer than onnx knows. PORT-0120: used before it is made. PORT-0121: undefined. PORT-0122: a
-    name used twice. PORT-0123: unknown operator. PORT-0124: wrong number of inputs or outputs. PORT-0125: wrong
-    attributes. PORT-0129: functions that call each other in a circle.
+    PORT-0106: an opset newer than onnx knows. PORT-0120: used before it is made. PORT-0121: undefined.
+    PORT-0122: a name used twice. PORT-0123: unknown operator. PORT-0124: wrong number of inputs or outputs.
+    PORT-0125: wrong attributes. PORT-0129: functions that call each other in a circle.
     """
     _check_calls(model)
     bodies = [(model.graph, model.opset_imports)]
@@ -36,7 +37,7 @@ def verify(model: ir.Model) -> None:
 
 
 def sort(model: ir.Model) -> None:
-    """Put nodes into topological order, changing as little as possible. Raises ModelError PORT-0120 on a cycle."""
+    """Sort nodes topologically, moving as few as possible. Raises ModelError PORT-0120 on a cycle."""
     for graph in [model.graph, *(f.graph for f in model.functions.values())]:
         try:
             graph.sort()

@@ -1,9 +1,9 @@
 """What is known of a graph before it runs: shapes as expressions, and what small or regular tensors hold.
 
-A dimension is a sympy expression over the names in the graph's inputs (`past + sequence`). A tensor's content is
-known when it is a short vector of such expressions (a shape that is being computed), or when each element follows
-from its index: an arange, a comparison of two aranges, a choice between two numbers by such a comparison. The latter
-is what proves that a mask is causal, whichever operators built it.
+A dimension is a sympy expression over the names in the graph's inputs (`past + sequence`). A tensor's content
+is known when it is a short vector of such expressions (a shape that is being computed), or when each element
+follows from its index: an arange, a comparison of two aranges, a choice between two numbers by such a
+comparison. The latter is what proves that a mask is causal, whichever operators built it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
 
 @dataclass(frozen=True)
 class All:
-    """A boolean content: true where every expression in `atoms` is at most zero (true everywhere when empty)."""
+    """A boolean content: true where every expression in `atoms` is at most zero; with none, everywhere."""
 
     atoms: frozenset[Dim] = frozenset()
 
@@ -41,7 +41,7 @@ class Choice:
     no: float
 
 
-# A tuple is a short vector, element by element; the others say what any element is, as a function of its index.
+# A tuple is a short vector, element by element; the others give any element as a function of its index.
 Content = tuple[Dim, ...] | Dim | All | Choice | float
 
 

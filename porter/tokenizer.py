@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from porter.errors import OptionError, PorterError
-
-# The order is the order of preference when a folder holds several.
-SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# Files that say which tokens begin and end a text.
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-CONFIG = "config.json"  # the model's own, read where it is there
-# Far above any real tokenizer (the largest known are near 40 MB): a hostile file is refused, not read.
-MAX_BYTES = 256 << 20
+from porter import vocabulary
+from porter.errors import OptionError
 
 _BOS = ("<s>", "<|bos|>", "<bos>", "<|begin_of_text|>", "<|startoftext|>")
 _EOS = (
@@ -33,24 +24,6 @@ _EOS = (
 )
 
 
-class Backend(Protocol):
-    """What a tokenizer library has to offer; ids handed to `decode` are below `size`."""
-
-    size: int
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        """Ids; `special` adds what the tokenizer itself puts around a text."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text, special tokens left out, bytes that are not UTF-8 as U+FFFD."""
-        ...
-
-    def find(self, piece: str) -> int | None:
-        """The id of a piece, or None."""
-        ...
-
-
 @dataclass(frozen=True)
 class Tokenizer:
     """Encodes and decodes.
@@ -59,7 +32,7 @@ class Tokenizer:
     `add_bos_token: false`; any id in `eos` ends a text.
     """
 
-    backend: Backend
+    backend: vocabulary.Backend
     bos: int | None
     eos: tuple[int, ...]
     source: Path
@@ -135,20 +108,8 @@ def load(path: Path | str, *, bos: int | None = None, eos: Sequence[int] = ()) -
     Raises OptionError PORT-0801 when there is none, PORT-0802 when the file cannot be read as one.
     """
     source = _source(Path(path))
-    if source.stat().st_size > MAX_BYTES:
-        raise OptionError("PORT-0802", f"the tokenizer is larger than {MAX_BYTES} bytes", where=str(source))
-    try:
-        backend = (_READERS.get(source.name) or _READERS[source.suffix])(source)
-        if not backend.size:
-            raise ValueError("it has no tokens")
-    except PorterError:
-        raise
-    # Each library fails in its own way on a damaged file; `tokenizers` raises bare Exception.
-    except Exception as error:
-        hint = "save it again from the library that made it, as tokenizer.json or tokenizer.model"
-        what = f"this is not a tokenizer: {type(error).__name__}: {str(error)[:200]}"
-        raise OptionError("PORT-0802", what, where=str(source), hint=hint) from error
-    said = _said(source.parent)
+    backend = vocabulary.read(source)
+    said = vocabulary.said(source.parent)
     begin = _ids([bos], backend) or _ids([said.get("bos_token_id")], backend)
     begin = begin or _ids([said.get("bos_token")], backend) or _ids(_BOS, backend)
     end = _ids(eos, backend) or _ids(_many(said.get("eos_token_id")), backend)
@@ -159,15 +120,15 @@ def load(path: Path | str, *, bos: int | None = None, eos: Sequence[int] = ()) -
 
 def files(folder: Path | str) -> list[Path]:
     """The tokenizer files of a folder, in the order a bundle copies them; none is no error."""
-    return [p for name in (*SOURCES, *BESIDE) if (p := Path(folder) / name).is_file()]
+    return [p for name in (*vocabulary.SOURCES, *vocabulary.BESIDE) if (p := Path(folder) / name).is_file()]
 
 
 def _source(path: Path) -> Path:
     if path.is_file():
         return path
-    found = [p for name in SOURCES if (p := path / name).is_file()]
+    found = [p for name in vocabulary.SOURCES if (p := path / name).is_file()]
     if not found:
-        hint = f"porter looks for {', '.join(SOURCES)}"
+        hint = f"porter looks for {', '.join(vocabulary.SOURCES)}"
         raise OptionError("PORT-0801", "there is no tokenizer", where=str(path), hint=hint)
     return found[0]
 
@@ -183,121 +144,13 @@ def _runs(ids: list[int], size: int) -> list[list[int]]:
     return runs
 
 
-def _said(folder: Path) -> dict[str, object]:
-    """What the files beside a tokenizer say; the last one wins, and the model's config is the last."""
-    said: dict[str, object] = {}
-    for path in (
-        p for name in (*BESIDE, CONFIG) if (p := folder / name).is_file() and p.stat().st_size < MAX_BYTES
-    ):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise OptionError("PORT-0802", f"this is not JSON: {error}", where=str(path)) from error
-        said |= {k: v for k, v in found.items() if v is not None} if isinstance(found, dict) else {}
-    return said
-
-
 def _many(value: object) -> list[object]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _ids(candidates: Iterable[object], backend: Backend) -> tuple[int, ...]:
+def _ids(candidates: Iterable[object], backend: vocabulary.Backend) -> tuple[int, ...]:
     """The ids among candidates that exist; a candidate is an id, a piece, or a piece wrapped in a dict."""
     named = [c.get("content") if isinstance(c, dict) else c for c in candidates]
     found = [backend.find(c) if isinstance(c, str) else c for c in named]
     valid = [i for i in found if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < backend.size]
     return tuple(dict.fromkeys(valid))
-
-
-@dataclass(frozen=True)
-class _Fast:
-    """The `tokenizers` library."""
-
-    inner: object
-
-    @property
-    def size(self) -> int:
-        return self.inner.get_vocab_size(with_added_tokens=True)  # type: ignore[attr-defined]
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=special).ids  # type: ignore[attr-defined]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.inner.decode(list(ids), skip_special_tokens=True)  # type: ignore[attr-defined]
-
-    def find(self, piece: str) -> int | None:
-        return self.inner.token_to_id(piece)  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """The SentencePiece library."""
-
-    inner: object
-
-    @property
-    def size(self) -> int:
-        return self.inner.get_piece_size()  # type: ignore[attr-defined]
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        return self.inner.encode(text)  # type: ignore[attr-defined]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.inner.decode(list(ids))  # type: ignore[attr-defined]
-
-    def find(self, piece: str) -> int | None:
-        found = self.inner.piece_to_id(piece)  # type: ignore[attr-defined]
-        return found if self.inner.id_to_piece(found) == piece else None  # type: ignore[attr-defined]
-
-
-def _read_fast(path: Path) -> Backend:
-    from tokenizers import Tokenizer as Fast
-
-    inner = Fast.from_str(path.read_text(encoding="utf-8"))
-    # A saved truncation would cut an evaluation text short, and padding would add tokens to it.
-    inner.no_truncation()
-    inner.no_padding()
-    return _Fast(inner)
-
-
-def _read_pieces(path: Path) -> Backend:
-    from sentencepiece import SentencePieceProcessor
-
-    return _Pieces(SentencePieceProcessor(model_proto=path.read_bytes()))
-
-
-def _read_spelled_out(path: Path) -> Backend:
-    """SentencePiece again, its model built from the pieces, scores and types of a `vocab.json`."""
-    from sentencepiece import SentencePieceProcessor
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
-    vocab = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(vocab, dict) or not {"pieces", "scores", "types"} <= vocab.keys():
-        raise ValueError("wanted pieces, scores and types")
-    model = proto.ModelProto()
-    for piece, score, kind in zip(vocab["pieces"], vocab["scores"], vocab["types"], strict=True):
-        model.pieces.add(piece=piece, score=score, type=kind)
-    model.trainer_spec.model_type = proto.TrainerSpec.BPE
-    model.trainer_spec.byte_fallback = 6 in vocab["types"]
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = bool(vocab.get("add_dummy_prefix", True))
-    # SentencePiece would drop a second space; a plain list of pieces asks for nothing of the kind.
-    model.normalizer_spec.remove_extra_whitespaces = bool(vocab.get("remove_extra_whitespaces", False))
-    return _Pieces(SentencePieceProcessor(model_proto=model.SerializeToString()))
-
-
-def _read_words(path: Path) -> Backend:
-    """WordPiece as BERT has it: one piece a line, lower case unless the config beside it says otherwise."""
-    from tokenizers import BertWordPieceTokenizer
-
-    lower = _said(path.parent).get("do_lower_case") is not False
-    return _Fast(BertWordPieceTokenizer(str(path), lowercase=lower))
-
-
-_READERS = {
-    "tokenizer.json": _read_fast,
-    "vocab.json": _read_spelled_out,
-    ".json": _read_fast,
-    ".model": _read_pieces,
-    ".txt": _read_words,
-}

@@ -1,4 +1,4 @@
-"""Read an ONNX file that nobody vouches for: parse it, and check every tensor's claims before anything believes them."""
+"""Read an ONNX file that nobody vouches for: parse it, and check what its tensors claim."""
 
 from __future__ import annotations
 
@@ -65,9 +65,10 @@ def read(path: Path) -> onnx.ModelProto:
 
 
 def check(proto: onnx.ModelProto) -> None:
-    """Check names and tensors of every graph and function, and drop external-data keys that ONNX does not define.
+    """Check names and tensors of all graphs and functions; drop external-data keys that ONNX does not define.
 
-    Raises ModelError PORT-0115 to PORT-0119 and PORT-0122. Where external data lies is checked when it is mapped.
+    Raises ModelError PORT-0115 to PORT-0119 and PORT-0122. Where external data lies is checked when it is
+    mapped.
     """
     _unique([(f.domain, f.name, f.overload) for f in proto.functions], "function")
     for scope in _scopes(proto):
@@ -111,7 +112,7 @@ def _check_header(proto: onnx.ModelProto, path: Path) -> None:
         what = "the file parses as protobuf, but it has no ONNX version, graph or opset"
         raise ModelError("PORT-0105", what, where=str(path), hint="give the .onnx file")
     if proto.ir_version > onnx.IR_VERSION:
-        what = f"the model has IR version {proto.ir_version}, newer than {onnx.IR_VERSION}, the newest porter knows"
+        what = f"the model has IR version {proto.ir_version}, and porter knows those up to {onnx.IR_VERSION}"
         raise ModelError("PORT-0106", what, where=str(path), hint="export it again with an older onnx")
 
 
@@ -202,7 +203,7 @@ def _check_dims(tensor: onnx.TensorProto, where: str) -> None:
 
 
 def _check_external(tensor: onnx.TensorProto, dtype: ir.DataType, where: str) -> None:
-    """Keep the entries that ONNX defines; their values must be single and, where numbers, plain decimal digits."""
+    """Keep the entries that ONNX defines; each must be single and, where a number, plain decimal digits."""
     if dtype == ir.DataType.STRING:
         raise ModelError("PORT-0117", "strings cannot be stored as external data", where=where)
     if tensor.HasField("raw_data") or any(len(getattr(tensor, f)) for f in _FIELDS):

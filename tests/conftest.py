@@ -39,7 +39,7 @@ def models() -> Path:
 
 @pytest.fixture(scope="session")
 def stories_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """samples/stories260k exported once: a trained five-layer Llama with its tokenizer beside it. Do not change it."""
+    """samples/stories260k, a trained Llama, exported once, its tokenizer beside it. Read only."""
     pytest.importorskip("transformers", reason="needs the extra porter[export]")
     from porter.export import export
 

@@ -3,10 +3,10 @@
     Unsqueeze(Concat([2], [3]), [0])  -> the initializer [[2, 3]]
     Constant<value=c>()               -> the initializer c
 
-Only operators whose result has one right answer in bits are computed: those that move data, integer arithmetic, and
-the float operations that IEEE 754 rounds correctly (+ - * / sqrt). A float constant of two or more axes is a weight:
-it is neither read nor transposed nor expanded, and DequantizeLinear is never computed. Results stay below
-`max_elements`.
+Only operators whose result has one right answer in bits are computed: those that move data, integer
+arithmetic, and the float operations that IEEE 754 rounds correctly (+ - * / sqrt). A float constant of two or
+more axes is a weight: it is neither read nor transposed nor expanded, and DequantizeLinear is never computed.
+Results stay below `max_elements`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from onnx.reference.ops import load_op
 from onnx_ir.passes import common
 
 from porter.context import Context
-from porter.match import constant, graphs
+from porter.match import constant, graphs, words
 from porter.pipeline import Pass, Promise
 
-_MOVES = frozenset(
-    "Cast CastLike Concat ConstantOfShape Expand Flatten Gather Identity Reshape Shape Size Slice Split Squeeze Tile "
-    "Transpose Unsqueeze Where".split()
+_MOVES = words(
+    "Cast CastLike Concat ConstantOfShape Expand Flatten Gather Identity Reshape Shape Size Slice Split "
+    "Squeeze Tile Transpose Unsqueeze Where"
 )
-_INTEGER = frozenset(
-    "Abs Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mul Neg Not Or Range ReduceMax ReduceMin "
-    "ReduceProd ReduceSum Sub Xor".split()
+_INTEGER = words(
+    "Abs Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mul Neg Not Or Range ReduceMax "
+    "ReduceMin ReduceProd ReduceSum Sub Xor"
 )
-_ROUNDED = frozenset("Abs Add Div Equal Greater Less Mul Neg Reciprocal Sqrt Sub".split())
-_PLAIN = frozenset(np.dtype(t) for t in "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float32 float64".split())
+_ROUNDED = words("Abs Add Div Equal Greater Less Mul Neg Reciprocal Sqrt Sub")
+_PLAIN = frozenset(
+    map(np.dtype, words("bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float32 float64"))
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,12 @@ class FoldConstants(Pass):
         return edits
 
     def _fold(self, model: ir.Model, node: ir.Node) -> bool:
-        """Replace a node by initializers if all its inputs are constant; outputs of the graph keep their node."""
-        if not node.outputs or any(o.is_graph_output() for o in node.outputs) or node.graph is not model.graph:
+        """Replace a node by initializers if all its inputs are constant; the graph's outputs keep theirs."""
+        if (
+            not node.outputs
+            or any(o.is_graph_output() for o in node.outputs)
+            or node.graph is not model.graph
+        ):
             return False
         arrays = _inputs(node, self.max_elements)
         if arrays is None or not _exact(node, arrays) or self._grows(model, node):
@@ -83,7 +89,9 @@ class FoldConstants(Pass):
 
 
 def _constants(model: ir.Model) -> int:
-    return sum(n.op_type == "Constant" and n.domain == "" for n in ir.traversal.RecursiveGraphIterator(model.graph))
+    return sum(
+        n.op_type == "Constant" and n.domain == "" for n in ir.traversal.RecursiveGraphIterator(model.graph)
+    )
 
 
 def _inputs(node: ir.Node, limit: int) -> list[np.ndarray | None] | None:
@@ -118,13 +126,16 @@ _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def _casts_exactly(array: np.ndarray) -> bool:
-    """Floats that any integer type of 32 bits or more, and any float type, takes without undefined behaviour."""
+    """Floats that every integer type of 32 bits and every float type can take."""
     return bool(np.isfinite(array).all() and (np.abs(array) < 2**31).all())
 
 
 def _evaluate(node: ir.Node, arrays: list[np.ndarray | None], opset: int) -> list[np.ndarray] | None:
     """The results by the ONNX reference implementation; None when it has none or refuses."""
-    attributes = {n: a.value.numpy() if a.type == ir.AttributeType.TENSOR else a.value for n, a in node.attributes.items()}
+    attributes = {
+        n: a.value.numpy() if a.type == ir.AttributeType.TENSOR else a.value
+        for n, a in node.attributes.items()
+    }
     if node.op_type == "ConstantOfShape":
         value = attributes.get("value", np.zeros(1, np.float32))
         return [np.full(arrays[0], value.reshape(())[()], value.dtype)]  # type: ignore[arg-type]
@@ -144,9 +155,9 @@ def _evaluate(node: ir.Node, arrays: list[np.ndarray | None], opset: int) -> lis
 def _to_initializer(graph: ir.Graph, output: ir.Value, array: np.ndarray) -> None:
     name = output.name
     tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     output.replace_all_uses_with(value)
     output.name = None
     graph.register_initializer(value)
-
-

@@ -5,7 +5,8 @@
     unused nodes, initializers, functions, opset imports  -> gone
 
 Nodes are the same when operator, attributes and inputs are, and the operator draws no random numbers. Large
-initializers are compared by a few sampled bytes first, so that weights are read in full only when they may be equal.
+initializers are compared by a few sampled bytes first, so that weights are read in full only when they may be
+equal.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from porter.context import Context
-from porter.match import graphs
+from porter.match import graphs, words
 from porter.pipeline import Pass, Promise
 
-_RANDOM = frozenset("Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike".split())
+_RANDOM = words("Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike")
 _SAMPLES = 64
 
 
@@ -54,7 +55,12 @@ def _merge_initializers(graph: ir.Graph) -> None:
     kept: dict[Hashable, list[ir.Value]] = {}
     for value in list(graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.dtype == ir.DataType.STRING or value.is_graph_input() or value.is_graph_output():
+        if (
+            tensor is None
+            or tensor.dtype == ir.DataType.STRING
+            or value.is_graph_input()
+            or value.is_graph_output()
+        ):
             continue
         alike = kept.setdefault(_sample(tensor), [])
         twin = next((v for v in alike if _equal(v.const_value, tensor)), None)  # type: ignore[arg-type]
@@ -101,6 +107,8 @@ def _signature(node: ir.Node) -> Hashable | None:
             return None
         value = attr.value
         if attr.type == ir.AttributeType.TENSOR:
-            value = (value.dtype, tuple(value.shape), value.tobytes()) if value.size <= _SAMPLES else id(value)
+            value = (
+                (value.dtype, tuple(value.shape), value.tobytes()) if value.size <= _SAMPLES else id(value)
+            )
         attributes.append((name, attr.type, tuple(value) if isinstance(value, list) else value))
     return (node.op_type, len(node.outputs), tuple(map(id, node.inputs)), tuple(attributes))

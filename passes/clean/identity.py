@@ -4,8 +4,9 @@
     Reshape(x, shape of x), Expand(x, ones), Transpose<perm=[0,1,2]>(x), Slice(x, all of it)  -> x
     x * 1, x / 1, x - 0  -> x
 
-Only the very numbers count: 1.00001 is not 1, and an epsilon of 1e-12 is not 0. `x + 0` stays for floats, because
--0.0 + 0.0 is +0.0; `x + -0.0` goes, and so does `x + 0` for integers. A number that would broadcast or widen stays.
+Only the very numbers count: 1.00001 is not 1, and an epsilon of 1e-12 is not 0. `x + 0` stays for floats,
+because -0.0 + 0.0 is +0.0; `x + -0.0` goes, and so does `x + 0` for integers. A number that would broadcast
+or widen stays.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def _concat(facts: Facts, node: ir.Node) -> ir.Value | None:
 
 
 def _neutral(number: float, *, left: bool) -> Callable[[Facts, ir.Node], ir.Value | None]:
-    """`x op number` is x, and `number op x` too when `left`, provided that the number does not widen the shape."""
+    """`x op number` is x, and `number op x` too when `left`, unless the number widens the shape."""
 
     def rule(facts: Facts, node: ir.Node) -> ir.Value | None:
         for x, other in ((0, 1), (1, 0))[: 2 if left else 1]:
@@ -126,7 +127,7 @@ def _neutral(number: float, *, left: bool) -> Callable[[Facts, ir.Node], ir.Valu
 
 
 def _all_are(array: ir.ArrayCompatible, number: float, node: ir.Node) -> bool:
-    """Exactly `number`; a float zero that is added must be the negative one, which changes no bit of any x."""
+    """Exactly `number`; a float zero that is added must be -0.0, which changes no bit of any x."""
     if not (array == number).all():  # type: ignore[union-attr]
         return False
     if number != 0 or array.dtype.kind in "iub":  # type: ignore[union-attr]

@@ -3,12 +3,12 @@
     ReduceMean<axes=[-1]>(x)                 opset 13 to 17
     -> ReduceMean(x, axes)                   opset 24
 
-Between 13 and 24 most new versions only allow more types, or add an attribute or input whose absence means what it
-meant before; those are listed in `_UNCHANGED`. The rest is handled here, or refused:
+Between 13 and 24 most new versions only allow more types, or add an attribute or input whose absence means
+what it meant before; those are listed in `_UNCHANGED`. The rest is handled here, or refused:
 
 - Reduce* (18): `axes` moves from an attribute to an input. (ReduceSum did so at 13.)
 - Split (18): without sizes, `num_outputs` must be stated.
-- RoiAlign (16): the default of `coordinate_transformation_mode` becomes `half_pixel`; the old meaning is stated.
+- RoiAlign (16): `coordinate_transformation_mode` is by default `half_pixel`; the old meaning is stated.
 - GridSample (20): modes `bilinear` and `bicubic` are renamed `linear` and `cubic`.
 - BatchNormalization (14): extra outputs used to mean training; refused.
 - DFT (20), GroupNormalization (21), and pools with `ceil_mode` (19, 22): the meaning itself changed; refused.
@@ -26,23 +26,25 @@ import onnx_ir as ir
 
 from porter.context import Context
 from porter.errors import PassError
-from porter.match import attribute
+from porter.match import attribute, words
 from porter.pipeline import Pass, Promise
 
 TARGET = 24
 OLDEST = 13  # before it, Softmax and Squeeze mean something else
 
-_UNCHANGED = frozenset(
+_UNCHANGED = words(
     "Acos Acosh Add Asin Asinh Atan Atanh Attention Bernoulli Cast CastLike Constant ConstantOfShape Conv "
-    "ConvTranspose Cos Cosh CumSum DeformConv DequantizeLinear Det Div Dropout Elu Equal EyeLike Flatten GRU "
-    "GlobalAveragePool GlobalLpPool GlobalMaxPool GreaterOrEqual HardSigmoid HardSwish Identity If "
-    "InstanceNormalization IsInf IsNaN LSTM LeakyRelu LessOrEqual Loop LpNormalization MaxPool MaxRoiPool MaxUnpool "
-    "Mish Mul Multinomial NegativeLogLikelihoodLoss OptionalGetElement OptionalHasElement PRelu Pad Pow QLinearMatMul "
-    "QuantizeLinear RNN RandomNormal RandomNormalLike RandomUniform RandomUniformLike Relu Reshape Resize Round Scan "
-    "ScatterElements ScatterND Selu Shape Sin Sinh Size Softplus Softsign SplitToSequence Squeeze Sub Tan "
-    "ThresholdedRelu TopK Transpose Unsqueeze Where".split()
+    "ConvTranspose Cos Cosh CumSum DeformConv DequantizeLinear Det Div Dropout Elu Equal EyeLike Flatten "
+    "GRU GlobalAveragePool GlobalLpPool GlobalMaxPool GreaterOrEqual HardSigmoid HardSwish Identity If "
+    "InstanceNormalization IsInf IsNaN LSTM LeakyRelu LessOrEqual Loop LpNormalization MaxPool MaxRoiPool "
+    "MaxUnpool Mish Mul Multinomial NegativeLogLikelihoodLoss OptionalGetElement OptionalHasElement PRelu "
+    "Pad Pow QLinearMatMul QuantizeLinear RNN RandomNormal RandomNormalLike RandomUniform "
+    "RandomUniformLike Relu Reshape Resize Round Scan ScatterElements ScatterND Selu Shape Sin Sinh Size "
+    "Softplus Softsign SplitToSequence Squeeze Sub Tan ThresholdedRelu TopK Transpose Unsqueeze Where"
 )
-_REDUCE = frozenset(f"Reduce{k}" for k in "L1 L2 LogSum LogSumExp Max Mean Min Prod SumSquare".split())
+_REDUCE = frozenset(
+    f"Reduce{k}" for k in ["L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare"]
+)
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,19 @@ class RaiseOpset(Pass):
     promise: ClassVar[Promise] = Promise.EXACT
 
     def run(self, model: ir.Model, context: Context) -> int:
-        """Nodes that changed form, plus one for each import raised. PassError PORT-0212 where that is unsound."""
+        """Nodes that changed form, plus one for each import raised. PassError PORT-0212 if unsound."""
         edits = 0
         for graph in (model.graph, *model.functions.values()):
             version = graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", TARGET))
             if version >= TARGET:
                 continue
             if version < OLDEST:
-                raise _refusal(f"opset {version} is older than {OLDEST}", str(graph.name), "export the model again")
-            edits += 1 + sum(_raise(node, version) for node in list(ir.traversal.RecursiveGraphIterator(graph)))
+                raise _refusal(
+                    f"opset {version} is older than {OLDEST}", str(graph.name), "export the model again"
+                )
+            edits += 1 + sum(
+                _raise(node, version) for node in list(ir.traversal.RecursiveGraphIterator(graph))
+            )
             graph.opset_imports.pop("ai.onnx", None)
             graph.opset_imports[""] = TARGET
         if edits:

@@ -1,12 +1,12 @@
 """Write down the shape of every value, and replace shape arithmetic by what it is known to give.
 
-    Reshape(x, Concat(batch, sequence, [8, 8]))   -> Reshape(x, [0, 0, 8, 8])        x is [batch, sequence, 64]
-    Expand(x, Concat(batch, [1, 8]))              -> Expand(x, [1, 1, 8])            x is [batch, 1, 8]
+    Reshape(x, Concat(batch, sequence, [8, 8]))   -> Reshape(x, [0, 0, 8, 8])      x is [batch, sequence, 64]
+    Expand(x, Concat(batch, [1, 8]))              -> Expand(x, [1, 1, 8])          x is [batch, 1, 8]
     Gather(Shape(hidden), 1)                      -> Squeeze(Shape<start=1, end=2>(input_ids))
 
-Dimensions keep their names (`past + sequence`). In a Reshape 0 copies the input's dimension and one -1 stands for
-what is left; -1 is used only where every copied dimension surely has elements, because 0 / 0 is no size. Names that
-an integer input has (tokens: batch, sequence) count as at least one; a cache may be empty.
+Dimensions keep their names (`past + sequence`). In a Reshape 0 copies the input's dimension and one -1 stands
+for what is left; -1 is used only where every copied dimension surely has elements, because 0 / 0 is no size.
+Names that an integer input has (tokens: batch, sequence) count as at least one; a cache may be empty.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import onnx_ir as ir
 import sympy
 
 from porter.context import Context
-from porter.match import add_initializer, attribute, constant, graphs, shared_initializer, tidy
+from porter.match import add_initializer, attribute, constant, graphs, shared_initializer, tidy, words
 from porter.pipeline import Pass, Promise
 from porter.symbols import Dim, Facts, Shape, declared, same, write_shapes
 
-_COUNTING = frozenset("Add Cast Concat Div Gather Mul Reshape Shape Size Slice Squeeze Sub Unsqueeze".split())
+_COUNTING = words("Add Cast Concat Div Gather Mul Reshape Shape Size Slice Squeeze Sub Unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _reshape_target(facts: Facts, node: ir.Node, full: set[Dim]) -> list[int] | 
 
 
 def _expand_target(facts: Facts, node: ir.Node) -> list[int] | None:
-    """The wanted shape with 1 for a dimension that the input already has; None when a new one is not fixed."""
+    """The wanted shape with 1 for a dimension that the input has; None when a new one is not fixed."""
     before, after = facts.shape(node.inputs[0]), facts.shape(node.outputs[0])
     if before is None or after is None or None in after:
         return None
@@ -115,7 +115,7 @@ def _expand_target(facts: Facts, node: ir.Node) -> list[int] | None:
     return [1 if k else int(a) for k, a in zip(kept, after, strict=True)]  # type: ignore[arg-type]
 
 
-def _replace(graph: ir.Graph, facts: Facts, sources: "Sources", node: ir.Node) -> bool:
+def _replace(graph: ir.Graph, facts: Facts, sources: Sources, node: ir.Node) -> bool:
     """Replace an integer vector that is known, or a single dimension of an input, by its plainest form."""
     output = node.outputs[0]
     numbers, shape = facts.vector(output), facts.shape(output)
@@ -155,7 +155,7 @@ class Sources:
         self._adopt()
 
     def _adopt(self) -> None:
-        """Take nodes that already read a dimension in the plain form, so that a second run finds nothing to do."""
+        """Take nodes that read a dimension in the plain form already: a second run finds nothing to do."""
         for node in self.graph:
             place = (node.inputs[0], attribute(node, "start", 0)) if node.op_type == "Shape" else None
             ends = place is not None and attribute(node, "end", None) == int(place[1]) + 1  # type: ignore[call-overload]
@@ -176,7 +176,7 @@ class Sources:
         return node in self._ours
 
     def read(self, wanted: Dim, *, scalar: bool) -> ir.Value | None:
-        """The value that holds a dimension, as a vector of one element or as a scalar; None for any other sum."""
+        """The value that holds a dimension, as a scalar or as a vector of one; None for a sum."""
         if wanted not in self._place:
             return None
         key = (wanted, scalar)

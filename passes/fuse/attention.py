@@ -1,15 +1,15 @@
 """Attention written out, or with its cache and mask outside, becomes one Attention.
 
     Softmax(q @ k^T * scale + mask) @ v                      -> Attention<scale>(q, k, v, mask)
-    Attention(q, repeat(k), repeat(v))                       -> Attention(q, k, v)                 grouped heads
+    Attention(q, repeat(k), repeat(v))                       -> Attention(q, k, v)          grouped heads
     Attention(q, Concat(past_k, k), Concat(past_v, v))       -> Attention(q, k, v, , past_k, past_v), present
     Attention(q, k, v, causal mask)                          -> Attention<is_causal=1>(q, k, v)
     Attention(q, k, v, causal mask and padding)              -> Attention<is_causal=1>(q, k, v, padding)
 
-A mask is causal when what it holds follows from indices to be `key <= query + past` (porter.symbols), whichever
-operators built it; a mask that cannot be proven so stays. Masked scores of -1e9 or less count as -inf: after the
-softmax they are zero in every row that sees any key, as each row of a causal mask does. The guard
-Where(IsNaN(softmax), 0, softmax) goes, for Attention gives zero for a row that sees no key.
+A mask is causal when what it holds follows from indices to be `key <= query + past` (porter.symbols),
+whichever operators built it; a mask that cannot be proven so stays. Masked scores of -1e9 or less count as
+-inf: after the softmax they are zero in every row that sees any key, as each row of a causal mask does. The
+guard Where(IsNaN(softmax), 0, softmax) goes, for Attention gives zero for a row that sees no key.
 
 With K keys, head size D: the D products of a score and the K of an output may be summed in another order.
 """
@@ -158,12 +158,14 @@ class WrittenOut(RewriteRuleClassBase):
         super().__init__("guarded softmax" if guarded else "softmax")
         self.facts, self.guarded = facts, guarded
 
-    def pattern(self, op, scores, v, zero):  # noqa: ANN001, ANN201
+    def pattern(self, op, scores, v, zero):
         """From the softmax on; what is before it has many forms and is read by `check`."""
         softmax = op.Softmax(scores, _allow_other_attributes=True, _outputs=["weights"])
         return op.MatMul(op.Where(op.IsNaN(softmax), zero, softmax) if self.guarded else softmax, v)
 
-    def check(self, context, scores: ir.Value, v: ir.Value, weights: ir.Value, zero: ir.Value | None = None) -> MatchResult:  # noqa: ANN001
+    def check(
+        self, context, scores: ir.Value, v: ir.Value, weights: ir.Value, zero: ir.Value | None = None
+    ) -> MatchResult:
         """Four axes each, and as many queries, keys and values as the operator wants."""
         fail = MatchResult().fail
         if self.facts.opset < 23:
@@ -186,7 +188,7 @@ class WrittenOut(RewriteRuleClassBase):
             return fail("the mask does not have two to four axes", mask)
         return MatchResult()
 
-    def rewrite(self, op, scores: ir.Value, v: ir.Value, **rest: ir.Value):  # noqa: ANN001, ANN201
+    def rewrite(self, op, scores: ir.Value, v: ir.Value, **rest: ir.Value):
         """One Attention with the mask as it was."""
         read = read_scores(self.facts, scores)
         mask = read.additive if read.boolean is None else read.boolean
@@ -210,7 +212,12 @@ def is_causal_mask(facts: Facts, mask: ir.Value) -> bool:
         return False
     if isinstance(content, Choice) and content.yes == 0 and content.no <= MASKED:
         content = content.test
-    elif isinstance(content, Choice) and content.no == 0 and content.yes <= MASKED and len(content.test.atoms) == 1:
+    elif (
+        isinstance(content, Choice)
+        and content.no == 0
+        and content.yes <= MASKED
+        and len(content.test.atoms) == 1
+    ):
         content = All(frozenset(1 - a for a in content.test.atoms))
     return isinstance(content, All) and is_causal(content, shape)
 
@@ -240,7 +247,8 @@ def without_causal(facts: Facts, mask: ir.Value, want: Shape) -> tuple[bool, ir.
 def ungrouped(facts: Facts, value: ir.Value) -> tuple[ir.Value, int]:
     """The heads before each was repeated r times in a row, and r (1 when they were not).
 
-    Repeated by Unsqueeze, Expand (or Tile, or Concat with itself) and Reshape, or by Gather of [0, 0, 1, 1, ...].
+    Repeated by Unsqueeze, Expand (or Tile, or Concat with itself) and Reshape, or by Gather of [0, 0, 1, 1,
+    ...].
     """
     after = facts.shape(value)
     gather = producer(value, "Gather")
@@ -255,7 +263,12 @@ def ungrouped(facts: Facts, value: ir.Value) -> tuple[ir.Value, int]:
         return value, 1
     source = unsqueeze.inputs[0]
     before, spread = facts.shape(source), facts.shape(wide.outputs[0])
-    if before is None or spread is None or after is None or (len(before), len(spread), len(after)) != (4, 5, 4):
+    if (
+        before is None
+        or spread is None
+        or after is None
+        or (len(before), len(spread), len(after)) != (4, 5, 4)
+    ):
         return value, 1
     kept = all(map(same, before, (*spread[:2], *spread[3:])))
     times = spread[2]
@@ -267,7 +280,13 @@ def ungrouped(facts: Facts, value: ir.Value) -> tuple[ir.Value, int]:
 
 def _gathered(facts: Facts, node: ir.Node) -> tuple[ir.Value, int]:
     shape, index = facts.shape(node.inputs[0]), constant(node.inputs[1])
-    if shape is None or len(shape) != 4 or index is None or index.ndim != 1 or attribute(node, "axis", 0) not in (1, -3):
+    if (
+        shape is None
+        or len(shape) != 4
+        or index is None
+        or index.ndim != 1
+        or attribute(node, "axis", 0) not in (1, -3)
+    ):
         return node.outputs[0], 1
     heads = shape[1]
     if heads is None or not heads.is_Integer or index.size % int(heads):
@@ -289,7 +308,12 @@ class Appended:
 def appended(facts: Facts, value: ir.Value) -> Appended | None:
     """The Concat along the tokens that computes `value`, None when there is none."""
     node = producer(value, "Concat")
-    if node is None or len(node.inputs) != 2 or attribute(node, "axis", 0) not in (2, -2) or facts.rank(value) != 4:
+    if (
+        node is None
+        or len(node.inputs) != 2
+        or attribute(node, "axis", 0) not in (2, -2)
+        or facts.rank(value) != 4
+    ):
         return None
     return Appended(node, *node.inputs)  # type: ignore[arg-type]
 
@@ -327,11 +351,11 @@ class Absorb(RewriteRuleClassBase):
         super().__init__("take in heads, cache and mask")
         self.facts = facts
 
-    def pattern(self, op, q, k, v):  # noqa: ANN001, ANN201
+    def pattern(self, op, q, k, v):
         """Any Attention; what feeds it is read by `check`."""
         return op.Attention(q, k, v, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["out"])
 
-    def check(self, context, q: ir.Value, k: ir.Value, v: ir.Value, out: ir.Value) -> MatchResult:  # noqa: ANN001
+    def check(self, context, q: ir.Value, k: ir.Value, v: ir.Value, out: ir.Value) -> MatchResult:
         """Something can be taken in."""
         self._plan(out.producer(), q, k, v)
         return MatchResult()
@@ -367,11 +391,13 @@ class Absorb(RewriteRuleClassBase):
         total = None if past[2] is None or keys[2] is None else past[2] + keys[2]
         found, mask = self._mask(node, (queries[2], total), aligned=True)
         if not found:
-            raise Mismatch("the mask is not known to be causal" if mask else "nothing to take in", mask or node)
+            raise Mismatch(
+                "the mask is not known to be causal" if mask else "nothing to take in", mask or node
+            )
         return Plan(k, v, mask, found, None)
 
     def _mask(self, node: ir.Node, want: Shape, *, aligned: bool) -> tuple[bool, ir.Value | None]:
-        """Whether a causal part can go, and the mask that is left; without a past S and T have to be equal."""
+        """Whether a causal part can go, and the mask that is left; without a past, S must equal T."""
         mask = given(node, 3)
         if mask is None or attribute(node, "is_causal", 0):
             return False, mask
@@ -379,7 +405,9 @@ class Absorb(RewriteRuleClassBase):
             return False, mask
         return without_causal(self.facts, mask, want)
 
-    def _check_order(self, node: ir.Node, past: tuple[Appended, Appended], inputs: Sequence[ir.Value | None]) -> None:
+    def _check_order(
+        self, node: ir.Node, past: tuple[Appended, Appended], inputs: Sequence[ir.Value | None]
+    ) -> None:
         """The present comes out of this node, so what goes into it must not need the present."""
         presents = {p.node.outputs[0] for p in past}
         parts = [x for p in past for x in (p.past, p.new)]
@@ -387,7 +415,7 @@ class Absorb(RewriteRuleClassBase):
             if _depends(value, presents):
                 raise Mismatch("an input is computed from the present itself", value)
 
-    def rewrite(self, op, q: ir.Value, k: ir.Value, v: ir.Value, out: ir.Value):  # noqa: ANN001, ANN201
+    def rewrite(self, op, q: ir.Value, k: ir.Value, v: ir.Value, out: ir.Value):
         """The new node; users of the present move over to it."""
         node = out.producer()
         plan = self._plan(node, q, k, v)
@@ -422,11 +450,15 @@ class MaskRows(RewriteRuleClassBase):
         super().__init__("a mask row for each query")
         self.facts = facts
 
-    def pattern(self, op, q, k, v, mask):  # noqa: ANN001, ANN201
+    def pattern(self, op, q, k, v, mask):
         """An Attention with a mask."""
-        return op.Attention(q, k, v, mask, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["out"])
+        return op.Attention(
+            q, k, v, mask, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["out"]
+        )
 
-    def check(self, context, q: ir.Value, mask: ir.Value | None, out: ir.Value, **rest: ir.Value) -> MatchResult:  # noqa: ANN001
+    def check(
+        self, context, q: ir.Value, mask: ir.Value | None, out: ir.Value, **rest: ir.Value
+    ) -> MatchResult:
         """The mask has one row, the queries may have more."""
         queries, shape = self.facts.shape(q), self.facts.shape(mask)
         if mask is None or shape is None or len(shape) < 2 or shape[-2] != ONE:
@@ -435,7 +467,7 @@ class MaskRows(RewriteRuleClassBase):
             return MatchResult().fail("there is one query, or it is not known how many", q)
         return MatchResult()
 
-    def rewrite(self, op, q: ir.Value, mask: ir.Value, out: ir.Value, **rest: ir.Value):  # noqa: ANN001, ANN201
+    def rewrite(self, op, q: ir.Value, mask: ir.Value, out: ir.Value, **rest: ir.Value):
         """The same node on the expanded mask."""
         node = out.producer()
         one = shared_initializer(self.facts.graph, "axes_1", np.array([1], np.int64))
@@ -460,5 +492,3 @@ class FuseAttention(Rewrite):
         """From written out to the operator, then what surrounds the operator."""
         written = [WrittenOut.rule(facts, guarded=flag) for flag in (False, True)]
         return [*written, Absorb.rule(facts), MaskRows.rule(facts)]
-
-

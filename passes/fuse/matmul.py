@@ -4,14 +4,15 @@
     MatMul(x, Wq^T), MatMul(x, Wk^T), MatMul(x, Wv^T)  -> Split(MatMul(x, [Wq; Wk; Wv]^T))
     the same, each + bias                              -> Split(MatMul(x, [Wq; Wk; Wv]^T) + [bq; bk; bv])
 
-The new weights are lazy: they are joined when they are read, one layer at a time. A weight that something else reads
-too (a tied embedding) is left alone. A wider product may be cut into other blocks, so the `in` products of each
-output may be summed in another order.
+The new weights are lazy: they are joined when they are read, one layer at a time. A weight that something
+else reads too (a tied embedding) is left alone. A wider product may be cut into other blocks, so the `in`
+products of each output may be summed in another order.
 """
 
 from __future__ import annotations
 
-import os
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +21,16 @@ import numpy as np
 import onnx_ir as ir
 
 from porter.context import Context
-from porter.match import add_initializer, attribute, fresh_name, graphs, producer, shared_initializer, tidy, users
+from porter.match import (
+    add_initializer,
+    attribute,
+    fresh_name,
+    graphs,
+    producer,
+    shared_initializer,
+    tidy,
+    users,
+)
 from porter.pipeline import Pass, Promise
 from porter.symbols import write_shapes
 
@@ -98,7 +108,11 @@ def _linear(node: ir.Node) -> Linear | None:
     if node.op_type != "MatMul" or node.domain != "":
         return None
     transpose = producer(node.inputs[1], "Transpose")
-    if transpose is None or list(attribute(transpose, "perm", [1, 0])) != [1, 0] or len(transpose.outputs[0].uses()) > 1:
+    if (
+        transpose is None
+        or list(attribute(transpose, "perm", [1, 0])) != [1, 0]
+        or len(transpose.outputs[0].uses()) > 1
+    ):
         return None
     weight = transpose.inputs[0]
     tensor = _weight(weight)
@@ -138,11 +152,15 @@ def _join(main: ir.Graph, group: Sequence[Linear]) -> None:
     x = first.inputs[0]
     weight = _joined(main, [g.weight for g in group])
     transpose = _named(main, ir.node("Transpose", [weight], {"perm": [1, 0]}), f"{weight.name}_transposed")
-    product = _named(main, ir.node("MatMul", [x, transpose.outputs[0]]), str(weight.name).removesuffix(".weight"))
+    product = _named(
+        main, ir.node("MatMul", [x, transpose.outputs[0]]), str(weight.name).removesuffix(".weight")
+    )
     nodes = [transpose, product]
     if group[0].bias is not None:
         bias = _joined(main, [g.bias for g in group])  # type: ignore[misc]
-        nodes.append(_named(main, ir.node("Add", [product.outputs[0], bias]), f"{product.outputs[0].name}_biased"))
+        nodes.append(
+            _named(main, ir.node("Add", [product.outputs[0], bias]), f"{product.outputs[0].name}_biased")
+        )
     sizes = [int(g.weight.const_value.shape[0]) for g in group]  # type: ignore[union-attr,arg-type]
     lengths = shared_initializer(main, "sizes_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
     split = ir.node("Split", [nodes[-1].outputs[0], lengths], {"axis": -1}, num_outputs=len(group))
@@ -173,13 +191,23 @@ def _joined(main: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
 
 
 def joined_name(names: Sequence[str]) -> str:
-    """`a.q_proj.weight`, `a.k_proj.weight`, `a.v_proj.weight` -> `a.qkv_proj.weight`; `gate`, `up` -> `gate_up`."""
-    start = os.path.commonprefix(list(names))
-    start = start[: start.rfind(".") + 1]
-    ends = [n.removeprefix(start)[::-1] for n in names]
-    end = os.path.commonprefix(ends)[::-1]
-    cut = min((i for i in (end.find("."), end.find("_")) if i >= 0), default=len(end))
-    end = end[cut:]
-    middles = [n.removeprefix(start).removesuffix(end) if end else n.removeprefix(start) for n in names]
-    between = "" if all(len(m) == 1 for m in middles) else "_"
-    return start + between.join(middles) + end
+    """`a.q_proj.weight`, `a.k_proj.weight` -> `a.qk_proj.weight`; `gate.weight`, `up.weight` -> `gate_up.weight`.
+
+    What all names begin and end with, cut at dots and underscores, and between it what tells them apart:
+    single letters follow each other, words get an underscore.
+    """
+    split = [re.findall(r"[^._]+[._]?", n) for n in names]
+    start = _alike(split)
+    middles = [parts[start:] for parts in split]
+    end = min(_alike([m[::-1] for m in middles]), min(len(m) for m in middles) - 1)
+    kept = [m[: len(m) - end] for m in middles]
+    different = ["".join(k).rstrip("._") for k in kept]
+    after = "".join(kept[0])[len(different[0]) :] + "".join(middles[0][len(kept[0]) :])
+    between = "" if all(len(d) == 1 and d.isalpha() for d in different) else "_"
+    return "".join(split[0][:start]) + between.join(different) + after
+
+
+def _alike(lists: Sequence[Sequence[str]]) -> int:
+    """How many elements all lists begin with."""
+    columns = zip(*lists, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))

@@ -5,10 +5,10 @@
     the same with x1 = x[..., ::2], x2 = x[..., 1::2]      -> RotaryEmbedding<interleaved=1>(x, cos', sin')
     RotaryEmbedding(x, cos', sin') with one row of cos' for all of the batch   -> one row for each
 
-x is [batch, heads, sequence, size], x1 and x2 its halves. In the first form cos and sin are as wide as x, and must be
-two equal halves: they are followed back to where a half was doubled, Concat(f, f), and computed from f instead.
-ONNX Runtime wants as many rows of cos' [batch, sequence, size / 2] as x has, so one row is expanded.
-Products and sums keep their order; an implementation may only contract them (fused multiply-add).
+x is [batch, heads, sequence, size], x1 and x2 its halves. In the first form cos and sin are as wide as x, and
+must be two equal halves: they are followed back to where a half was doubled, Concat(f, f), and computed from
+f instead. ONNX Runtime wants as many rows of cos' [batch, sequence, size / 2] as x has, so one row is
+expanded. Products and sums keep their order; an implementation may only contract them (fused multiply-add).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRule, RewriteRuleClassBase
 
-from porter.match import add_initializer, attribute, constant, producer, scalar, shared_initializer
+from porter.match import add_initializer, attribute, constant, producer, scalar, shared_initializer, words
 from porter.pipeline import Promise
 from porter.rewrite import Mismatch, Rewrite
 from porter.shapes import axes_of, slice_bounds
@@ -29,8 +29,8 @@ from porter.symbols import Facts, declared, same
 
 Build = Callable[[object], ir.Value]  # from a rewrite's op builder to the new value
 
-_ELEMENTWISE = frozenset("Cast Cos Exp Identity Neg Reciprocal Sin Sqrt".split())
-_SCALED = frozenset("Add Div Mul Sub".split())
+_ELEMENTWISE = words("Cast Cos Exp Identity Neg Reciprocal Sin Sqrt")
+_SCALED = frozenset(["Add", "Div", "Mul", "Sub"])
 _TABLE = 2**26  # most elements of a table of cosines that is compared half with half
 
 
@@ -71,14 +71,10 @@ def _half_concat(facts: Facts, node: ir.Node) -> Build:
 def _half_scaled(facts: Facts, node: ir.Node) -> Build:
     for x, number in ((0, 1), (1, 0)):
         if scalar(node.inputs[number]) is not None:
-            inner = half(facts, node.inputs[x])
-            ends = [None, None]
-
-            def build(op: object) -> ir.Value:
-                ends[x], ends[number] = inner(op), node.inputs[number]  # noqa: B023
-                return _again(op, node, ends)
-
-            return build
+            inner, factor = half(facts, node.inputs[x]), node.inputs[number]
+            if x == 0:
+                return lambda op, inner=inner, factor=factor: _again(op, node, [inner(op), factor])
+            return lambda op, inner=inner, factor=factor: _again(op, node, [factor, inner(op)])
     raise Mismatch("a factor of the cosines is not one number", node)
 
 
@@ -118,7 +114,7 @@ def _half_table(facts: Facts, value: ir.Value) -> Build:
 
 
 def rows(facts: Facts, table: ir.Value, x: ir.Value, heads: int, *, doubled: bool) -> Build:
-    """cos' or sin' as [batch, sequence, size / 2], from a factor that broadcasts against the four axes of `x`.
+    """cos' or sin' as [batch, sequence, size / 2], from a factor that broadcasts against the axes of `x`.
 
     `heads` is the axis of x that the table has one of; `doubled` says that the table holds two equal halves.
     Raises Mismatch when the table is of another form.
@@ -161,7 +157,7 @@ def spread(facts: Facts, op: object, table: ir.Value, x: ir.Value) -> ir.Value:
 
 
 def _length(facts: Facts, op: object, x: ir.Value) -> ir.Value:
-    """The batch size of x as a vector, read from an input of the graph if one has it (then all layers share it)."""
+    """The batch size of x as a vector, from an input of the graph if one has it: all layers share it."""
     wanted = facts.shape(x)
     for value in facts.graph.inputs:
         for axis, d in enumerate(declared(value) or ()):
@@ -235,12 +231,14 @@ class RotateHalf(RewriteRuleClassBase):
         super().__init__("rotate half")
         self.facts = facts
 
-    def pattern(self, op, x, x1, x2, cos, sin):  # noqa: ANN001, ANN201
+    def pattern(self, op, x, x1, x2, cos, sin):
         """The sum of two products."""
         rotated = op.Concat(op.Neg(x2), x1, _allow_other_attributes=True, _outputs=["rotated"])
         return op.Add(op.Mul(x, cos), op.Mul(rotated, sin))
 
-    def check(self, context, x: ir.Value, x1: ir.Value, x2: ir.Value, rotated: ir.Value, **tables: ir.Value) -> MatchResult:  # noqa: ANN001
+    def check(
+        self, context, x: ir.Value, x1: ir.Value, x2: ir.Value, rotated: ir.Value, **tables: ir.Value
+    ) -> MatchResult:
         """x1 and x2 are the halves of x, and each table is two equal halves."""
         heads = _heads(self.facts, x, tables["cos"])
         if attribute(rotated.producer(), "axis", 0) not in (-1, 3):
@@ -252,7 +250,7 @@ class RotateHalf(RewriteRuleClassBase):
             rows(self.facts, table, x, heads, doubled=True)
         return MatchResult()
 
-    def rewrite(self, op, x: ir.Value, cos: ir.Value, sin: ir.Value, **rest: ir.Value):  # noqa: ANN001, ANN201
+    def rewrite(self, op, x: ir.Value, cos: ir.Value, sin: ir.Value, **rest: ir.Value):
         """One node, on the halves of the tables."""
         heads = _heads(self.facts, x, cos)
         tables = [rows(self.facts, t, x, heads, doubled=True)(op) for t in (cos, sin)]
@@ -266,7 +264,7 @@ class RotateParts(RewriteRuleClassBase):
         super().__init__("rotate pairs" if interleaved else "rotate parts")
         self.facts, self.interleaved = facts, interleaved
 
-    def pattern(self, op, x1, x2, cos, sin, axis1, axis2, shape):  # noqa: ANN001, ANN201
+    def pattern(self, op, x1, x2, cos, sin, axis1, axis2, shape):
         """A rotation by an angle, written as two sums."""
         real = op.Sub(op.Mul(x1, cos), op.Mul(x2, sin))
         imaginary = op.Add(op.Mul(x2, cos), op.Mul(x1, sin))
@@ -276,26 +274,41 @@ class RotateParts(RewriteRuleClassBase):
         joined = op.Concat(*pair, _allow_other_attributes=True, _outputs=["joined"])
         return op.Reshape(joined, shape, _allow_other_attributes=True, _outputs=["flat"])
 
-    def check(self, context, x1: ir.Value, x2: ir.Value, cos: ir.Value, sin: ir.Value, joined: ir.Value, **rest: ir.Value) -> MatchResult:  # noqa: ANN001
+    def check(
+        self,
+        context,
+        x1: ir.Value,
+        x2: ir.Value,
+        cos: ir.Value,
+        sin: ir.Value,
+        joined: ir.Value,
+        **rest: ir.Value,
+    ) -> MatchResult:
         """x1 and x2 are the right parts of one value, joined the way they were parted."""
         x, kind = both(self.facts, x1, x2)
         heads = _heads(self.facts, x, cos)
         if kind != ("pair" if self.interleaved else "half"):
-            return MatchResult().fail("the parts are joined in another way than they were taken", joined.producer())
+            return MatchResult().fail(
+                "the parts are joined in another way than they were taken", joined.producer()
+            )
         if attribute(joined.producer(), "axis", 0) not in (-1, 4 if self.interleaved else 3):
             return MatchResult().fail("the parts are not joined along the last axis", joined.producer())
         if self.interleaved:
             before, after = self.facts.shape(x), self.facts.shape(rest["flat"])
             axes = [constant(rest[k]) for k in ("axis1", "axis2")]
             if before is None or after is None or len(after) != 4 or not all(map(same, before, after)):
-                return MatchResult().fail("the pairs are not flattened to the shape of x", rest["flat"].producer())
+                return MatchResult().fail(
+                    "the pairs are not flattened to the shape of x", rest["flat"].producer()
+                )
             if any(a is None or a.reshape(-1).tolist() not in ([-1], [4]) for a in axes):
-                return MatchResult().fail("the pairs are not stacked along a new last axis", joined.producer())
+                return MatchResult().fail(
+                    "the pairs are not stacked along a new last axis", joined.producer()
+                )
         for table in (cos, sin):
             rows(self.facts, table, x, heads, doubled=False)
         return MatchResult()
 
-    def rewrite(self, op, x1: ir.Value, cos: ir.Value, sin: ir.Value, **rest: ir.Value):  # noqa: ANN001, ANN201
+    def rewrite(self, op, x1: ir.Value, cos: ir.Value, sin: ir.Value, **rest: ir.Value):
         """One node."""
         x, _, _ = part(self.facts, x1)
         heads = _heads(self.facts, x, cos)
@@ -310,20 +323,24 @@ class OneRowEach(RewriteRuleClassBase):
         super().__init__("a row for each of the batch")
         self.facts = facts
 
-    def pattern(self, op, x, cos, sin):  # noqa: ANN001, ANN201
+    def pattern(self, op, x, cos, sin):
         """The operator without position ids."""
         return op.RotaryEmbedding(x, cos, sin, _allow_other_attributes=True, _outputs=["out"])
 
-    def check(self, context, x: ir.Value, cos: ir.Value, sin: ir.Value, **rest: ir.Value) -> MatchResult:  # noqa: ANN001
+    def check(self, context, x: ir.Value, cos: ir.Value, sin: ir.Value, **rest: ir.Value) -> MatchResult:
         """The tables have one row, x may have more."""
         batch = self.facts.shape(x)
         for table in (cos, sin):
             shape = self.facts.shape(table)
             if shape is None or len(shape) != 3 or shape[0] != 1:
                 return MatchResult().fail("the table does not have exactly one row", table)
-        return MatchResult() if batch is not None and batch[0] != 1 else MatchResult().fail("the batch is one", x)
+        return (
+            MatchResult()
+            if batch is not None and batch[0] != 1
+            else MatchResult().fail("the batch is one", x)
+        )
 
-    def rewrite(self, op, x: ir.Value, cos: ir.Value, sin: ir.Value, out: ir.Value):  # noqa: ANN001, ANN201
+    def rewrite(self, op, x: ir.Value, cos: ir.Value, sin: ir.Value, out: ir.Value):
         """The same node with expanded tables."""
         options = {n: a.value for n, a in out.producer().attributes.items()}  # type: ignore[union-attr]
         return op.RotaryEmbedding(x, *(spread(self.facts, op, t, x) for t in (cos, sin)), **options)

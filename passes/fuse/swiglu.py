@@ -29,11 +29,11 @@ class Silu(RewriteRuleClassBase):
         super().__init__("x * Sigmoid(c * x)" if scaled else "x * Sigmoid(x)")
         self.facts, self.scaled = facts, scaled
 
-    def pattern(self, op, x, alpha):  # noqa: ANN001, ANN201
+    def pattern(self, op, x, alpha):
         """The product."""
         return op.Mul(x, op.Sigmoid(op.Mul(x, alpha) if self.scaled else x))
 
-    def check(self, context, x: ir.Value, alpha: ir.Value | None = None) -> MatchResult:  # noqa: ANN001
+    def check(self, context, x: ir.Value, alpha: ir.Value | None = None) -> MatchResult:
         """The operator exists, and the factor is one number."""
         if self.facts.opset < 24:
             return MatchResult().fail("Swish needs opset 24", x)
@@ -41,7 +41,7 @@ class Silu(RewriteRuleClassBase):
             return MatchResult().fail("the factor is not one constant", alpha)
         return MatchResult()
 
-    def rewrite(self, op, x: ir.Value, alpha: ir.Value | None = None):  # noqa: ANN001, ANN201
+    def rewrite(self, op, x: ir.Value, alpha: ir.Value | None = None):
         """One node."""
         return op.Swish(x, alpha=scalar(alpha)) if self.scaled else op.Swish(x)
 
@@ -52,16 +52,16 @@ class GateFirst(RewriteRuleClassBase):
     def __init__(self) -> None:
         super().__init__("gate first")
 
-    def pattern(self, op, up, gate):  # noqa: ANN001, ANN201
+    def pattern(self, op, up, gate):
         """Anything times a Swish."""
         return op.Mul(up, op.Swish(gate, _allow_other_attributes=True, _outputs=["swish"]))
 
-    def check(self, context, up: ir.Value, **rest: ir.Value) -> MatchResult:  # noqa: ANN001
+    def check(self, context, up: ir.Value, **rest: ir.Value) -> MatchResult:
         """The first factor is not a gate itself."""
         other = producer(up, "Swish")
         return MatchResult().fail("both factors are gates", other) if other else MatchResult()
 
-    def rewrite(self, op, up: ir.Value, gate: ir.Value, swish: ir.Value):  # noqa: ANN001, ANN201
+    def rewrite(self, op, up: ir.Value, gate: ir.Value, swish: ir.Value):
         """The factors change places; a product does not notice."""
         return op.Mul(op.Swish(gate, alpha=attribute(swish.producer(), "alpha", 1.0)), up)
 

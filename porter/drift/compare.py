@@ -111,13 +111,14 @@ def encode(
     feeds: TokenFeeds,
     *,
     window: int | None = None,
-    batch: int = 8,
+    batch: int = 1,
     also: Mapping[str, tuple[str, str]] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Comparison]:
     """Compare encoders: each maps tokens and mask, int64 [batch, n], to hidden states [batch, n, width].
 
-    Texts are cut at `window` tokens. Positions under the padding (mask 0) are not compared.
+    Texts are cut at `window` tokens. Positions under the padding (mask 0) are not compared; with `batch` 1
+    there is none, and the mask may be ignored.
     """
     pairs = {name: (REFERENCE, name) for name in candidates} | dict(also or {})
     sums = {name: Accumulator() for name in pairs}

@@ -14,7 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
 
 @dataclass(frozen=True)
 class Mark:
-    """A point: centre, ends of its interval, the context length under it and the value beside it, in pixels."""
+    """A point in pixels: centre, ends of its interval; the context length under it, the value beside it."""
 
     x: float
     y: float
@@ -27,7 +27,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """Marks in reading order, `line` through the finite ones, and the ticks (pixel, text) of the vertical axis."""
+    """Marks in reading order, `line` through the finite ones, ticks (pixel, text) of the upright axis."""
 
     marks: tuple[Mark, ...]
     line: str
@@ -44,7 +44,8 @@ def chart(context: Sequence[Mapping[str, object]], measure: str = "kl_mean") -> 
 
     An infinite value is a mark at the top, labelled as such; the scale is that of the finite ones.
     """
-    rows = [(str(r["tokens"]), float(r[measure]), _width(r)) for r in context if r.get(measure) is not None]  # type: ignore[arg-type]
+    found = [r for r in context if r.get(measure) is not None]
+    rows = [(str(r["tokens"]), float(r[measure]), _width(r)) for r in found]  # type: ignore[arg-type]
     if len(rows) < 2:
         return None
     tops = [v + w for _, v, w in rows if math.isfinite(v)]

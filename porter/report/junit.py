@@ -10,7 +10,7 @@ from porter.report.words import clean, verdict
 
 
 def to_xml(report: DriftReport) -> str:
-    """A `testsuites` document: "outputs are numbers", then each limit of the budget; drift values as properties."""
+    """A `testsuites` document: "outputs are numbers", then each limit; all drift values as properties."""
     broken = {v.measure: str(v) for v in report.violations}
     suite = xml.Element("testsuite", name="porter drift")
     properties = xml.SubElement(suite, "properties")

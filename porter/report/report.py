@@ -108,9 +108,7 @@ class DriftReport:
 
     def kind(self, name: str) -> str:
         """How the drift called `name` came about; a phase and a context length, as `total` did."""
-        return self.kinds.get(
-            name, self.kinds.get("total", "measured") if name not in self.drift else "measured"
-        )
+        return self.kinds.get(name if name in self.drift else "total", "measured")
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values, keys in the published order (docs/schemas/report.schema.json)."""

@@ -45,18 +45,24 @@ def _drift(report: DriftReport) -> Table:
     """Measures down, total, passes, lowering and the phases across: so it fits 80 columns."""
     drifts = {**report.drift, **report.phases}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("drift")
+    table.add_column("drift", no_wrap=True)
     for name in drifts:
         table.add_column(Text(f"{clean(name)}\n{report.kind(name)}"), justify="right")
     for m in shown(drifts):
-        table.add_row(MEASURES[m][0], *(Text(measured(d, m)) for d in drifts.values()))
+        table.add_row(MEASURES[m][0], *(value(getattr(d, m), m) for d in drifts.values()))
+        if m == "kl_mean":
+            table.add_row("± 95 %", *(value(d.kl_ci95) for d in drifts.values()))
     table.add_row("tokens", *(str(d.tokens) for d in drifts.values()))
     return table
 
 
 def _context(report: DriftReport) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in (f"context, {report.kind('context')}", "KL, mean", "same first choice", "positions"):
+    for title in (
+        f"context\n{report.kind('context')}",
+        *(MEASURES[m][0] for m in ("kl_mean", "top1")),
+        "positions",
+    ):
         table.add_column(title, justify="right")
     for row in report.context:
         kl, top1 = (value(_float(row.get(m)), m) for m in ("kl_mean", "top1"))
@@ -74,10 +80,10 @@ def _stages(report: DriftReport) -> Table:
     table.add_column("pass", overflow="fold")
     table.add_column("promise")
     table.add_column("edits", justify="right")
-    table.add_column("time, measured", justify="right")
+    table.add_column("time\nmeasured", justify="right")
     with_drift = any(s.drift for s in report.stages)
     if with_drift:
-        table.add_column(f"KL after it, {report.kind('passes')}", justify="right")
+        table.add_column("KL after it\nmeasured", justify="right")
     for s in report.stages:
         row = [Text(clean(s.name)), Text(clean(s.promise)), str(s.edits), amount(s.seconds, "s")]
         table.add_row(*row, *([measured(s.drift, "kl_mean") if s.drift else "–"] if with_drift else []))

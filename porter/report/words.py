@@ -11,12 +11,12 @@ from porter.report.report import DriftReport
 # Measure: label, what it says.
 MEASURES = {
     "kl_mean": ("KL, mean", "nats per token, ± 95 % interval; 0 is the same distribution"),
-    "kl_p999": ("KL, 99.9 %", "nats; one token in a thousand is further off"),
-    "top1": ("same first choice", "share of positions where both rank the same token first"),
-    "rms_dp": ("Δp of true token", "root mean square change of its probability"),
+    "kl_p999": ("KL, 99.9\xa0%", "nats; one token in a thousand is further off"),
+    "top1": ("same top token", "share of positions where both rank the same token first"),
+    "rms_dp": ("Δp, true token", "root mean square change of its probability"),
     "ppl": ("perplexity", "of the candidate"),
-    "ppl_ratio": ("perplexity ratio", "candidate over reference; 1 is no change"),
-    "max_abs": ("largest |Δ|", "of any one output"),
+    "ppl_ratio": ("ppl ratio", "perplexity of the candidate over reference; 1 is no change"),
+    "max_abs": ("max\xa0|Δ|", "of any one output"),
     "sqnr_db": ("SQNR", "decibels of signal over noise; more is better"),
     "cosine": ("cosine", "mean over hidden vectors; 1 is the same direction"),
 }
@@ -42,8 +42,13 @@ def value(number: float | None, measure: str = "") -> str:
         return "–"
     if not math.isfinite(number):
         return "not a number" if math.isnan(number) else "∞" if number > 0 else "−∞"
-    text = f"{100 * number:.4g} %" if measure in _SHARES else f"{number:.4g}"
+    text = f"{100 * number:.4g} %" if measure in _SHARES else digits(number)
     return f"{text} dB" if measure == "sqnr_db" else text
+
+
+def digits(number: float) -> str:
+    """Four significant digits, or all before the point where there are up to ten: 0.01234, 47,000."""
+    return f"{number:,.0f}" if 1e4 <= abs(number) < 1e10 else f"{number:.4g}"
 
 
 def measured(drift: Drift, measure: str) -> str:
@@ -66,16 +71,18 @@ def amount(number: float, unit: str) -> str:
     if unit == "bytes":
         steps = ("bytes", "KiB", "MiB", "GiB", "TiB")
         power = min(int(math.log(number, 1024)) if number >= 1 else 0, len(steps) - 1)
-        return f"{number / 1024**power:.4g} {steps[power]}"
+        return f"{digits(number / 1024**power)} {steps[power]}"
     if unit == "s" and 0 < number < 1:
         return f"{number * 1e3:.4g} ms" if number >= 1e-3 else f"{number * 1e6:.4g} µs"
-    return f"{number:.4g}" if unit in ("", "1") else f"{number:.4g} {clean(unit)}"
+    return digits(number) if unit in ("", "1") else f"{digits(number)} {clean(unit)}"
 
 
 def verdict(report: DriftReport) -> str:
     """One sentence; it says "within budget" only where there was a budget and every limit was kept."""
     if not report.ok:
         return "Over budget: " + "; ".join(map(str, report.violations))
+    if "total" not in report.drift:
+        return "Drift was not measured"
     if not report.budget:
         return "No budget was given; the outputs are numbers, and no more was asked"
     return "Within budget: " + ", ".join(f"{m} {value(getattr(report.total, m))}" for m in report.budget)

@@ -37,8 +37,9 @@ class Decode:
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Feed `tokens` int[batch, sequence] and return float32 [batch, sequence, vocabulary].
 
-        More tokens than the runner takes at once are fed in pieces. An encoder returns its hidden states, and remembers nothing. Raises OptionError PORT-0141 for tokens of
-        another batch or outside the vocabulary, PORT-0142 when they exceed the cache or the context.
+        More tokens than the runner takes at once are fed in pieces. An encoder returns its hidden states, and
+        remembers nothing. Raises OptionError PORT-0141 for tokens of another batch or outside the vocabulary,
+        PORT-0142 when they exceed the cache or the context.
         """
         tokens = np.asarray(tokens)
         self._check(tokens)
@@ -58,7 +59,7 @@ class Decode:
 
     def _check(self, tokens: np.ndarray) -> None:
         if tokens.ndim != 2 or len(tokens) != self._batch or not tokens.size or tokens.dtype.kind not in "iu":
-            what = f"a step wants integer tokens [{self._batch}, sequence], not {tokens.dtype} {list(tokens.shape)}"
+            what = f"a step wants integers [{self._batch}, sequence], not {tokens.dtype} {list(tokens.shape)}"
             raise OptionError("PORT-0141", what, where=self._decoder.tokens)
         top = self._vocabulary if isinstance(self._vocabulary, int) else tokens.max() + 1
         if tokens.min() < 0 or tokens.max() >= top:
@@ -82,8 +83,8 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to `max_new` tokens after `prompt`, which is fed first; ends before a token of `eos`.
 
-    `sample` picks a token from logits float32 [vocabulary] (None: the likeliest); `eos` None means the model's own.
-    Raises what `Decode.step` does.
+    `sample` picks a token from logits float32 [vocabulary] (None: the likeliest); `eos` None means the
+    model's own. Raises what `Decode.step` does.
     """
     sample, ends = sample or greedy, decode._decoder.eos if eos is None else eos
     tokens = np.asarray(prompt, np.int64)[None]
@@ -101,10 +102,10 @@ def greedy(logits: np.ndarray) -> int:
 
 
 def sampler(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> Sample:
-    """Random choice: logits / temperature, of the `top_k` likeliest (0: all), of those the fewest that reach `top_p`.
+    """Random choice by logits / temperature among the `top_k` likeliest (0: all), cut where `top_p` is reached.
 
-    The same seed gives the same tokens. Temperature 0 is `greedy`. Raises OptionError PORT-0146 for values out of
-    range.
+    The same seed gives the same tokens. Temperature 0 is `greedy`. Raises OptionError PORT-0146 for values
+    out of range.
     """
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         what = f"cannot sample with temperature {temperature}, top-k {top_k}, top-p {top_p}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
+import onnx.reference
 import onnx_ir as ir
 import onnxruntime as ort
 
@@ -39,9 +39,9 @@ class ReferenceRunner:
 
     `engine` is "onnxruntime", or "onnx.reference" for a model with an operator that ONNX Runtime lacks. Graph
     optimization stays at the level that keeps each operator's own arithmetic: above it, ONNX Runtime merges
-    DequantizeLinear and MatMul into kernels that round the activations to int8. Threads come from PORTER_THREADS,
-    else TVM_NUM_THREADS, else ONNX Runtime decides. Raises what `graph.load` does, and ModelError PORT-0143 when
-    the model does not run at all.
+    DequantizeLinear and MatMul into kernels that round the activations to int8. Threads come from
+    PORTER_THREADS, else TVM_NUM_THREADS, else ONNX Runtime decides. Raises what `graph.load` does, and
+    ModelError PORT-0143 when the model does not run at all.
     """
 
     def __init__(self, model: str | os.PathLike | ir.Model) -> None:
@@ -57,8 +57,9 @@ class ReferenceRunner:
             self._open(Path(model), graph.load(model))
 
     def _open(self, path: Path, model: ir.Model) -> None:
+        options = _options()
         try:
-            self._session: Any = ort.InferenceSession(path, _options(), providers=["CPUExecutionProvider"])
+            self._session: Any = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             found = self._session.get_inputs(), self._session.get_outputs()
             self.inputs, self.outputs = ({a.name: _spec(a) for a in args} for args in found)
         except ort.capi.onnxruntime_pybind11_state.NotImplemented:
@@ -77,7 +78,7 @@ class ReferenceRunner:
         try:
             return dict(zip(self.outputs, self._session.run(list(self.outputs), dict(feeds)), strict=True))
         except Exception as error:  # as above
-            what = f"ONNX Runtime cannot run the model on these feeds: {_reason(error)}"
+            what = f"{self.engine} cannot run the model on these feeds: {_reason(error)}"
             raise OptionError("PORT-0145", what) from error
 
 

@@ -28,7 +28,7 @@ def build(
     lengths: str = "past_lengths",
     seed: int = 0,
 ) -> ir.Model:
-    """A decoder with the input names given; `capacity` makes its cache static, and `past` None leaves it out."""
+    """A decoder with the names given; `capacity` makes its cache static, and `past` None leaves it out."""
     if past is None and capacity:
         raise ValueError("a static cache needs names")
     inputs, body = [f"int64[batch,sequence] {tokens}"], []

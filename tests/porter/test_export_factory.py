@@ -42,7 +42,8 @@ class Own(torch.nn.Module):
 class Encoder(torch.nn.Module):
     def __init__(self, **changes):
         super().__init__()
-        self.porter = dict(kind="encoder", inputs=["input_ids", "attention_mask"], vocab_size=9, context_length=20) | changes
+        inputs = ["input_ids", "attention_mask"]
+        self.porter = dict(kind="encoder", inputs=inputs, vocab_size=9, context_length=20) | changes
         self.table = torch.nn.Embedding(9, 4)
 
     def forward(self, input_ids, attention_mask):
@@ -74,7 +75,11 @@ def forgets(): return changed(lambda ids, past, l, k, v: (l, k.flip(2), v))
 def branches(): return changed(lambda ids, past, l, k, v: (l if ids.sum() > 3 else 2 * l, k, v))
 def fixes(): return changed(lambda ids, past, l, k, v: (l * 2 if l.shape[0] == 2 else l, k, v))
 def nan(): return changed(lambda ids, past, l, k, v: (l * (0 * l / (l - l)), k, v))
-def short(): return changed(lambda ids, past, l, k, v: (l + torch.zeros(12)[past[0].shape[2] + torch.arange(ids.shape[1])][None, :, None], k, v))
+def short():
+    table = torch.zeros(12, 1)
+    def add(ids, past, l, k, v):
+        return l + table[past[0].shape[2] + torch.arange(ids.shape[1])], k, v
+    return changed(add)
 '''
 
 

@@ -579,7 +579,8 @@ def big(count: int = 3, size: int = 500) -> ir.Model:
     random = np.random.default_rng(0)
     model = to_ir(
         onnx.parser.parse_model(
-            f'<ir_version: 11, opset_import: ["" : 24]> g (float[N,{size}] x) => (float[N,{size}] y) {{ y = Identity(x) }}'
+            f'<ir_version: 11, opset_import: ["" : 24]> g (float[N,{size}] x) => (float[N,{size}] y)'
+            "{ y = Identity(x) }"
         )
     )
     value = model.graph.inputs[0]
@@ -778,9 +779,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 def test_saving_streams(tmp_path):
     """200 MB, in one tensor of 120 MB and eight of 10 MB, pass through with less than 64 MiB of memory.
 
-    The bound: a mapped tensor is written and checked in chunks of 16 MiB whose pages are then dropped, so one chunk
-    and its masks (a byte per value, three of them: 12 MiB) are in memory, whatever the size of a tensor; twice that,
-    rounded up, allows for the allocator. Copying even the one large tensor would take 120 MB.
+    The bound: a mapped tensor is written and checked in chunks of 16 MiB whose pages are then dropped, so one
+    chunk and its masks (a byte per value, three of them: 12 MiB) are in memory, whatever the size of a tensor;
+    twice that, rounded up, allows for the allocator. Copying even the one large tensor would take 120 MB.
     """
     model = big(count=1, size=30)
     for i, size in enumerate([30_000_000, *[2_500_000] * 8]):

@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from porter import tokenizer
+from porter import tokenizer, vocabulary
 from porter.errors import OptionError
 
 
@@ -183,3 +183,26 @@ def test_damaged_tokenizer(tmp_path, name, content):
 def test_half_a_surrogate_is_refused(models):
     with pytest.raises(OptionError, match="PORT-0803"):
         tokenizer.load(models / "stories260k").encode("a\ud800")
+
+
+def test_a_panic_of_the_library_is_no_crash(tmp_path):
+    class PanicException(BaseException):
+        """What a panic in Rust arrives as: no Exception."""
+
+    def fail(error):
+        raise error
+
+    with pytest.raises(OptionError, match="PORT-0802"):
+        vocabulary.guarded(lambda: fail(PanicException("index out of range")), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        vocabulary.guarded(lambda: fail(KeyboardInterrupt()), tmp_path)
+
+
+def test_ids_with_gaps_are_all_known(tmp_path):
+    made = {"type": "WordLevel", "vocab": {"a": 0, "b": 70}, "unk_token": "a"}
+    saved = {"version": "1.0", "added_tokens": [], "model": made}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    t = tokenizer.load(tmp_path)
+    assert t.size == 71
+    assert t.decode([70]) == "b"
+    assert (t.bos, t.eos) == (None, ())

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from fake import VOCABULARY, Fake, fake
+from fake_session import VOCABULARY, Fake, fake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from fake import VOCABULARY, Fake, fake
+from fake_session import VOCABULARY, Fake, fake
 
 from porter import tokenizer
 from porter.drift.feeds import TokenFeeds, from_file, random_tokens, sample, self_generated

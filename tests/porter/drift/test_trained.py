@@ -73,6 +73,7 @@ def test_perplexity_is_the_published_one(models, name, window, published):
         assert got.ppl == pytest.approx(ppl, abs=6e-5)
 
 
+@pytest.mark.long
 def test_perplexity_of_a_byte_level_model(models):
     rows = np.load(models / "pycode-5m" / "val_tokens.npy").reshape(48, 512).astype(np.int64)
     got = perplexity(llama(models / "pycode-5m"), TokenFeeds(tuple(rows[:]), "tokens", "val_tokens"), batch=4)
