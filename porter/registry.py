@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 
 from porter.errors import PassError
 from porter.pipeline import Foreign, Pass
@@ -55,17 +58,27 @@ def describe() -> list[dict[str, str]]:
 def _from_file(path: Path) -> type[Pass]:
     if not path.is_file():
         raise PassError("PORT-0201", "there is no such pass file", where=str(path))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise PassError("PORT-0208", f"the file does not load: {error}", where=str(path)) from error
+    module = _load(path)
     cls = _only_pass(module, str(path))
     cls.name = str(path)  # so that the pipeline text reads back
     return cls
+
+
+def _load(path: Path) -> ModuleType:
+    """The file as a module, once for each content: so the text of a pipeline reads back to equal passes."""
+    name = f"porter_pass_{path.stem}_{hashlib.sha256(bytes(path.resolve()) + path.read_bytes()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise PassError("PORT-0208", f"the file does not load: {error}", where=str(path)) from error
+    return module
 
 
 def _only_pass(module: object, name: str) -> type[Pass]:
