@@ -40,7 +40,7 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
         try:
-            app(arguments, standalone_mode=True)
+            app(arguments, prog_name="porter")
         finally:
             sys.stdout.flush()  # here, where a closed pipe is not yet a message of the interpreter's
     except PorterError as error:
