@@ -18,11 +18,16 @@ from porter.lower.kernels import matmul as kernels
 op = relax.op
 
 
-def _is_matrix(imp: Importer, value: Value) -> bool:
-    """A constant float matrix, plain or as codes that a kernel can decode."""
+def _is_matrix(value: Value) -> bool:
+    """A constant float matrix, plain or as codes."""
     if isinstance(value, Weight):
         return len(value.shape) == 2 and DTYPES.get(value.value.dtype) == "float32"
-    return isinstance(value, Quantized) and matrix_layout(value) is not None
+    return isinstance(value, Quantized) and isinstance(value.codes, Weight) and len(value.codes.shape) == 2
+
+
+def _has_kernel(rows: Value) -> bool:
+    """A constant matrix [n, k] that kernels read row by row; of codes, the scales must run along the rows."""
+    return _is_matrix(rows) and (isinstance(rows, Weight) or matrix_layout(rows) is not None)
 
 
 def _packed(imp: Importer, rows: Weight | Quantized) -> tuple[kernels.Layout, list[relax.Var]]:
@@ -52,9 +57,9 @@ def _parameter(imp: Importer, layout: kernels.Layout, rows: Weight | Quantized, 
 
 
 def _matmul(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
-    if not _is_matrix(imp, b):
+    rows = replace(b, transposed=not b.transposed) if _is_matrix(b) else b  # kernels want [n, k]
+    if not _has_kernel(rows):
         return imp.emit(op.matmul(imp.tensor(a), imp.tensor(b)))
-    rows = replace(b, transposed=not b.transposed)  # kernels want [n, k]
     layout, parameters = _packed(imp, rows)
     x = imp.tensor(a)
     lead = imp.shape(x)[:-1]
@@ -86,14 +91,14 @@ def _gemm(imp: Importer, node: ir.Node, a: Value, b: Value, c: Value | None = No
 
 
 def _turn(imp: Importer, value: Value) -> Value:
-    if _is_matrix(imp, value):
+    if _is_matrix(value):
         return replace(value, transposed=not value.transposed)
     return imp.emit(op.permute_dims(imp.tensor(value)))
 
 
 def _transpose(imp: Importer, node: ir.Node, x: Value) -> Value:
     permutation = attribute(node, "perm")
-    if _is_matrix(imp, x):
+    if _is_matrix(x):
         return x if permutation is not None and list(permutation) == [0, 1] else _turn(imp, x)
     return imp.emit(op.permute_dims(imp.tensor(x), None if permutation is None else [int(p) for p in permutation]))
 
@@ -105,7 +110,7 @@ def _gather(imp: Importer, node: ir.Node, data: Value, indices: Value) -> Value:
         entries = [data.flat()[int(i)] for i in known]
         return Ints.of(entries if rank else entries[0])
     axis = axis_of(node, len(imp.shape(data)), 0)
-    if axis == 0 and _is_matrix(imp, data):
+    if axis == 0 and _has_kernel(data):
         return _gather_rows(imp, data, imp.tensor(indices))
     table, where = imp.tensor(data), imp.tensor(indices)
     if known is not None and all(isinstance(i, int) and i >= 0 for i in known):
