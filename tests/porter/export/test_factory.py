@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from porter.errors import ExportError  # noqa: E402
 from porter.export import export  # noqa: E402
-from porter.export_source import load  # noqa: E402
+from porter.export.source import load  # noqa: E402
 
 OWN = '''
 import torch

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from porter.errors import ExportError
-from porter.export_source import first_line
+from porter.export.source import first_line
 
 if TYPE_CHECKING:
-    from porter.export_source import Source
+    from porter.export.source import Source
 
 LONGEST = 256  # tokens of the longest probe: enough to leave every short-sequence path, and cheap
 SAMPLED = 24

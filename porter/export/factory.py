@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porter.errors import ExportError
-from porter.export_source import (
+from porter.export.source import (
     CONVENTION,
     Source,
     first_line,
@@ -43,7 +43,7 @@ def from_factory(module: str, name: str) -> Source:
     import torch
     from transformers import PreTrainedModel
 
-    from porter.export_folder import from_transformers
+    from porter.export.folder import from_transformers
 
     where = f"{module}:{name}"
     try:

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from porter.errors import ExportError  # noqa: E402
 from porter.export import export  # noqa: E402
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 STORIES = ROOT / "samples" / "stories260k"
 BITLLAMA = ROOT / "samples" / "02-own-model" / "bitllama.py"
 SMALL = {
@@ -319,7 +319,7 @@ def test_own_module_keeps_its_epsilon(
 def test_the_check_refuses_what_the_optimizer_broke(
     small_bitllama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from porter import export_check
+    from porter.export import check as export_check
 
     seen: list[export_check.Probe] = []
     real = export_check.measure
@@ -349,7 +349,7 @@ def test_an_interrupted_export_changes_nothing(
     def interrupt(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("porter.export_check.check", interrupt)
+    monkeypatch.setattr("porter.export.check.check", interrupt)
     monkeypatch.setattr(
         "porter.export._trace",
         lambda *_: ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 23}), ir_version=11),

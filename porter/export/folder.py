@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porter.errors import ExportError
-from porter.export_source import (
+from porter.export.source import (
     CONVENTION,
     Source,
     first_line,

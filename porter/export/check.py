@@ -25,13 +25,13 @@ import numpy as np
 import onnx_ir as ir
 
 from porter.errors import ExportError
-from porter.export_feeds import cases, computed, feeds
-from porter.export_source import first_line
+from porter.export.feeds import cases, computed, feeds
+from porter.export.source import first_line
 
 if TYPE_CHECKING:
     import torch
 
-    from porter.export_source import Source
+    from porter.export.source import Source
 
 FACTOR = 4.0
 EPSILON = 2.0**-23

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from porter.errors import ExportError  # noqa: E402
-from porter.export_source import load, tokenizer_files  # noqa: E402
+from porter.export.source import load, tokenizer_files  # noqa: E402
 
 CONFIG = {
     "vocab_size": 20,

@@ -18,7 +18,7 @@ from porter import __version__
 if TYPE_CHECKING:
     import torch
 
-    from porter.export_source import Source
+    from porter.export.source import Source
 
 _PREFIX = "inner."
 

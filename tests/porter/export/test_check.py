@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from porter.export_check import compare, relative_bound
+from porter.export.check import compare, relative_bound
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 WANTED = np.array([[10.0, -3.0, 0.5]], np.float32)
 
 
@@ -64,7 +64,7 @@ def test_the_bound_lies_between_rounding_and_faults(stories_onnx: Path) -> None:
 
 
 def test_every_code_has_a_page() -> None:
-    source = "".join(f.read_text() for f in (ROOT / "porter").glob("export*.py"))
+    source = "".join(f.read_text() for f in (ROOT / "porter" / "export").glob("*.py"))
     codes = set(re.findall(r'"(PORT-07\d\d)"', source))
     pages = {f.stem for f in (ROOT / "docs" / "errors").glob("PORT-07*.md")}
     assert len(codes) > 15

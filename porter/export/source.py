@@ -53,11 +53,11 @@ class Source:
 def load(source: str) -> Source:
     """Read a folder, `package.module:factory` or `file.py:factory`. Raises PORT-0701 to PORT-0711."""
     if source and Path(source).is_dir():
-        from porter.export_folder import from_folder
+        from porter.export.folder import from_folder
 
         return from_folder(Path(source).resolve())
     if match := _FACTORY.fullmatch(source):
-        from porter.export_factory import from_factory
+        from porter.export.factory import from_factory
 
         return from_factory(match["module"], match["name"])
     hint = "give a Hugging Face folder, package.module:factory or file.py:factory"

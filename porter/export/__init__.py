@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from porter import graph
 from porter.errors import ExportError
 
 if TYPE_CHECKING:
-    from porter.export_check import Probe
-    from porter.export_source import Source
+    from porter.export.check import Probe
+    from porter.export.source import Source
 
 TORCH = "2.13"
 OPSETS = (23, 24)
@@ -87,9 +88,9 @@ def export(
     say, start, out = progress or (lambda stage: None), time.perf_counter(), Path(out)
     _check_options(out, opset)
     _check_installed()
-    from porter.export_check import check
-    from porter.export_clean import clean
-    from porter.export_source import load
+    from porter.export.check import check
+    from porter.export.clean import clean
+    from porter.export.source import load
 
     with _staged(out) as folder:
         say("load")
@@ -216,16 +217,12 @@ def _signature(flat: Source) -> tuple[tuple, dict, list[str], list[str]]:
 
 
 def _write(model: ir.Model, path: Path, flat: Source) -> None:
-    _save(model, path)
+    graph.save(model, path)
     if flat.tokenizer:
         folder = path.parent / f"{path.stem}.tokenizer"
         folder.mkdir()
         for file in flat.tokenizer:
             shutil.copyfile(file, folder / file.name)
-
-
-def _save(model: ir.Model, path: Path) -> None:
-    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
 
 
 @contextlib.contextmanager
