@@ -114,15 +114,15 @@ def _slice_of_table(walk: Walk, node: ir.Node) -> Kind | None:
 
 def _gather_rows(walk: Walk, node: ir.Node) -> None:
     table, start, end = node.inputs[:3]
-    one = walk.insert_after(node, "Constant", [], "one", value_int=1)
-    first, last = (walk.insert_after(one.producer(), "Squeeze", [v], "end") for v in (start, end))
-    first.name, last.name = f"{node.outputs[0].name}.first", f"{node.outputs[0].name}.last"
-    places = walk.insert_after(last.producer(), "Range", [first, last, one], "places")
-    places.name = f"{node.outputs[0].name}.places"
-    column = walk.column(places.producer(), 2, ir.DataType.INT64)
-    rows = walk.insert_after(places.producer(), "Add", [places, column], "rows")
-    taken = walk.insert_after(rows.producer(), "Gather", [table, rows], "taken", axis=0)
     old = node.outputs[0]
+    one = walk.constant(f"{old.name}.one", np.array(1))
+    first, last = (
+        walk.insert_after(node, "Squeeze", [start], "first"),
+        walk.insert_after(node, "Squeeze", [end], "last"),
+    )
+    places = walk.insert_after(node, "Range", [first, last, one], "places")
+    rows = walk.insert_after(node, "Add", [places, walk.column(node, 2, ir.DataType.INT64)], "rows")
+    taken = walk.insert_after(node, "Gather", [table, rows], "taken", axis=0)
     taken.type = old.type
     front = [] if walk.one_row else [walk.batch]
     taken.shape = None if old.shape is None else ir.Shape([*front, *old.shape])
@@ -205,10 +205,7 @@ def _axes_later(walk: Walk, node: ir.Node, axes: list[int]) -> None:
     """Later: give the node other axes; none makes it hand its input on."""
 
     def edit() -> None:
-        constant = ir.node("Constant", [], {"value_ints": axes})
-        constant.outputs[0].name = f"{node.outputs[0].name}.axes"
-        walk.graph.insert_before(node, constant)
-        node.replace_input_with(1, constant.outputs[0])
+        node.replace_input_with(1, walk.constant(f"{node.outputs[0].name}.axes", np.array(axes)))
 
     walk.edits.append(edit if axes else lambda: _hand_on(node))
 

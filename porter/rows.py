@@ -4,10 +4,10 @@ In a decoder with a concatenated cache every row has as many past tokens, P, and
 shape of a cache. With a static cache each row b has its own number p[b]. `Walk` follows P from the shapes
 through the graph and proves that the values that depend on it can be computed per row:
 
-    number     c * P + w, w free of P. Only w is kept: P is set to 0. positions  P + w with w a vector:
-    Range(P, P + S), or w + P. Here rows begin: p[:, None] + w. rows       computed from positions, each row
-    from its own. Either the value has an axis of size 1 in front, which
-               becomes the batch's (FIRST), or it has none and gets one (NEW).
+    number     c * P + w, w free of P. Only w is kept: P is set to 0.
+    positions  P + w with w a vector: Range(P, P + S), or w + P. Here rows begin: p[:, None] + w.
+    rows       computed from positions, each row from its own. Either the value has an axis of size 1 in
+               front, which becomes the batch's (FIRST), or it has none and gets one (NEW).
 
 A value that meets the batch in front, such as the queries in RotaryEmbedding, is where a walk ends well.
 Whatever is not known to keep rows apart makes it end with a `Refusal`, and nothing is changed.
@@ -142,12 +142,7 @@ class Walk:
         value = node.outputs[0]
 
         def edit() -> None:
-            name = f"{value.name}.none"
-            tensor = ir.tensor(np.zeros((1,) * rank, np.int64), name=name)
-            nothing = ir.Value(
-                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
-            )
-            self.graph.register_initializer(nothing)
+            nothing = self.constant(f"{value.name}.none", np.zeros((1,) * rank, np.int64))
             ir.convenience.replace_all_uses_with(value, nothing)
 
         self.edits.append(edit)
@@ -184,11 +179,17 @@ class Walk:
             value = self.insert_after(node, "Cast", [value], "lengths_cast", to=dtype)
         if self.one_row:
             return value
-        axes = ir.node("Constant", [], {"value_ints": list(range(1, rank))})
-        axes.outputs[0].name = f"{node.outputs[0].name}.axes"
-        at = node if value is self.lengths else value.producer()
-        self.graph.insert_after(at, axes)
-        return self.insert_after(axes, "Unsqueeze", [value, axes.outputs[0]], "lengths")
+        axes = self.constant(f"{node.outputs[0].name}.axes", np.arange(1, rank))
+        column = self.insert_after(node, "Unsqueeze", [value, axes], "lengths")
+        column.type, column.shape = ir.TensorType(dtype), ir.Shape([self.batch] + [1] * (rank - 1))
+        return column
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """A new initializer."""
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+        self.graph.register_initializer(value)
+        return value
 
     def insert_after(
         self, node: ir.Node, op: str, inputs: list[ir.Value], suffix: str, **attributes: int

@@ -221,6 +221,7 @@ def session(model: ir.Model) -> ort.InferenceSession:
     """ONNX Runtime on the CPU, one thread, nothing optimized away."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     data = ir.to_proto(model).SerializeToString()
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])

@@ -54,8 +54,8 @@ def assert_same(static: dict, outs: list[dict], cache: dict, lengths: np.ndarray
                 keep = np.r_[0:length, length + count : before.shape[1]]
                 np.testing.assert_array_equal(got[:, keep], before[:, keep])
                 got, want = got[:, length : length + count], want[:, :, length:]
-            # Two layers of sums of at most 44 terms, softmax over at most 12: a few dozen float32 roundings of
-            # numbers no larger than the largest output.
+            # Two layers of sums of at most 44 terms, softmax over at most 12: a few dozen float32 roundings
+            # of numbers no larger than the largest output.
             np.testing.assert_allclose(got, want[0], rtol=0, atol=64 * 2.0**-24 * max(1, np.abs(want).max()))
 
 
