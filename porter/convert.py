@@ -108,7 +108,7 @@ def pipeline_text(spec: TargetSpec, options: Options) -> str:
         return options.pipeline
     slots = {"weights": "", "kv": ""}
     for slot, asked, offered in (("weights", options.weights, spec.weights), ("kv", options.kv, spec.kv)):
-        name = spec.flavour(asked) if asked else "fp32"
+        name = asked if asked in offered else spec.flavour(asked) if asked else "fp32"
         if name not in offered:
             what = f"{spec.name} has no {slot} format {asked!r}"
             raise OptionError("PORT-0830", what, where=f"--{slot}", hint=f"it has: {', '.join(offered)}")
