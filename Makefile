@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+MODELS ?= $(or $(PORTER_MODELS),../shared/models)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PYTEST := OMP_NUM_THREADS=1 TVM_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
@@ -22,7 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 
 bench: $(INSTALLED)
-	$(if $(wildcard benchmarks/run.py),$(BIN)/python benchmarks/run.py,@echo 'there are no benchmarks yet' && false)
+	$(BIN)/python benchmarks/accuracy.py --models $(MODELS)
 
 clean:
 	rm -rf .venv .demo build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -42,6 +42,9 @@ class Bundle:
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             version, files = manifest["format"], manifest["files"]
+            inside = all(not Path(f).is_absolute() and ".." not in Path(f).parts for f in files)
+            if not (inside and isinstance(manifest["decoder"], dict)):
+                raise ValueError(MANIFEST)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BundleError("PORT-0510", "this is not a porter bundle", where=str(path)) from error
         if version != FORMAT:
@@ -129,12 +132,14 @@ def _check_replaceable(out: Path) -> None:
         return
     if out.is_symlink() or not out.is_dir():
         raise BundleError("PORT-0514", "there is something else with this name", where=str(out))
-    if any(out.iterdir()):
-        Bundle.open(out) if (out / MANIFEST).is_file() else _refuse(out)
-
-
-def _refuse(out: Path) -> None:
-    raise BundleError("PORT-0514", "the folder is not empty and not a bundle", where=str(out), hint="choose another -o")
+    if not any(out.iterdir()):
+        return
+    try:
+        Bundle.open(out)
+    except BundleError as error:
+        if error.code == "PORT-0510":  # a damaged or older bundle is still one, and may be replaced
+            what = "the folder is not empty and not a bundle"
+            raise BundleError("PORT-0514", what, where=str(out), hint="choose another -o") from error
 
 
 def _remove_stale(out: Path) -> None:

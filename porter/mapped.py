@@ -1,4 +1,4 @@
-"""Tensors whose bytes stay in a file beside the model: found safely, checked against it, mapped lazily."""
+"""A model's tensors, and those whose bytes stay in a file: found safely, checked, mapped lazily."""
 
 from __future__ import annotations
 
@@ -120,6 +120,26 @@ def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
         yield from function.all_nodes()
 
 
+def initialized(model: ir.Model) -> list[ir.Value]:
+    """Values of all initializers that have a tensor, in graph order."""
+    return [v for g in model.graphs() for v in g.initializers.values() if v.const_value is not None]
+
+
+def weights(model: ir.Model) -> list[ir.TensorProtocol]:
+    """Tensors of all initializers in graph order, each once."""
+    return list({id(v.const_value): v.const_value for v in initialized(model)}.values())
+
+
+def constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Tensors in attributes of all nodes."""
+    for node in all_nodes(model):
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                yield attribute.value  # not as_tensor, which asks a string tensor for its bytes
+            elif attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref():
+                yield from attribute.value
+
+
 def _plain(tensor: ir.TensorProtocol, mapped: object) -> ir.TensorProtocol:
     """An attribute's tensor without external data: ONNX lets only initializers have a file of their own."""
     if not isinstance(tensor, ir.ExternalTensor):
@@ -148,7 +168,11 @@ def _check_bounds(tensor: ir.ExternalTensor, size: int) -> None:
 def _map(folder: str, location: str, name: str) -> Mapping:
     with open_beneath(folder, location, name) as fd:
         size = os.fstat(fd).st_size
-        return mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else b""
+        try:
+            return mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else b""
+        except OSError as error:  # every mapping holds a file descriptor
+            what = f"cannot map the external data: {error.strerror}"
+            raise ModelError("PORT-0112", what, where=shown(location)) from error
 
 
 @contextlib.contextmanager

@@ -247,6 +247,13 @@ def _gather(facts: Facts, node: ir.Node) -> Sequence[Shape | None]:
     return ((*data[:axis], *index, *data[axis + 1 :]),)
 
 
+def _gather_nd(facts: Facts, node: ir.Node) -> Sequence[Shape | None]:
+    data, index = facts.shape(node.inputs[0]), facts.shape(node.inputs[1])
+    if data is None or index is None or not index or index[-1] is None or attribute(node, "batch_dims", 0):
+        return (None,)
+    return ((*index[:-1], *data[int(index[-1]) :]) if index[-1].is_Integer else None,)
+
+
 def _expand(facts: Facts, node: ir.Node) -> Sequence[Shape | None]:
     wanted = facts.vector(node.inputs[1])
     return (None if wanted is None else broadcast([facts.shape(node.inputs[0]), wanted]),)
@@ -298,6 +305,7 @@ _RULES: dict[str, Rule] = {
     "ConstantOfShape": _of_content,
     "Expand": _expand,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Gemm": _gemm,
     "MatMul": _matmul,
     "Range": _range,

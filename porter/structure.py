@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
 
 from porter.errors import ModelError
-from porter.mapped import all_nodes
 from porter.untrusted import shown
 
 # Domains whose every operator onnx has a schema for. Other domains are let through here; check.support judges
@@ -50,6 +50,9 @@ def _check_opsets(opsets: Mapping[str, int]) -> None:
     if opsets.get("", 1) > newest:
         what = f"the model uses opset {opsets['']}, newer than {newest}, the newest porter knows"
         raise ModelError("PORT-0106", what, hint="export it again with an older opset")
+    for domain, version in opsets.items():
+        if not 0 < version < 2**31:
+            raise ModelError("PORT-0106", f"no domain has a version {version}", where=shown(domain))
 
 
 def _check_calls(model: ir.Model) -> None:
@@ -86,7 +89,7 @@ def _check_graph(graph: ir.Graph, outer: Defined, opsets: Mapping[str, int], fun
     for node in graph:
         for value in node.inputs:
             if value is not None:
-                _check_defined(value, defined, _label(node))
+                _check_defined(value, defined, node)
         _check_node(node, opsets, functions)
         for inner in _subgraphs(node):
             _check_graph(inner, defined, opsets, functions)
@@ -99,7 +102,7 @@ def _check_graph(graph: ir.Graph, outer: Defined, opsets: Mapping[str, int], fun
 def _check_outputs(graph: ir.Graph, defined: Defined) -> None:
     seen: set[str | None] = set()
     for value in graph.outputs:
-        _check_defined(value, defined, "the graph's outputs")
+        _check_defined(value, defined, None)
         if value.name in seen:
             raise ModelError("PORT-0122", "a value is listed twice as an output", where=shown(value.name))
         seen.add(value.name)
@@ -113,10 +116,10 @@ def _define(value: ir.Value, defined: Defined) -> None:
     defined[value.name] = value
 
 
-def _check_defined(value: ir.Value, defined: Defined, user: str) -> None:
+def _check_defined(value: ir.Value, defined: Defined, node: ir.Node | None) -> None:
     if defined.get(value.name or "") is value:
         return
-    producer = value.producer()
+    producer, user = value.producer(), _label(node) if node is not None else "the graph's outputs"
     if producer is None or producer.graph is None:
         what = f"the value {shown(value.name)!r} is used, but nothing in the model makes it"
         raise ModelError("PORT-0121", what, where=user)
@@ -146,7 +149,7 @@ def _check_node(node: ir.Node, opsets: Mapping[str, int], functions: Mapping) ->
     if function is not None:
         _check_call(node, function)
     elif node.domain in CHECKED:
-        _check_schema(node, _schema(node.op_type, opsets[node.domain], node.domain))
+        _check_operator(node, _signature(node.op_type, opsets[node.domain], node.domain))
     elif node.domain == OWN:
         raise ModelError("PORT-0123", "the model has no such function", where=_label(node))
 
@@ -162,57 +165,75 @@ def _check_call(node: ir.Node, function: ir.Function) -> None:
         _attribute_error(node, missing, unknown)
 
 
-@functools.cache
-def _schema(op: str, version: int, domain: str) -> onnx.defs.OpSchema | None:
+@dataclass(frozen=True)
+class Signature:
+    """What a schema asks for, read once: onnx converts it anew at every look."""
+
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    single: tuple[tuple[int, str], ...]  # inputs that may not be left out
+    attributes: Mapping[str, str]  # the type by name
+    required: frozenset[str]
+    since: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _signature(op: str, version: int, domain: str) -> Signature | None:
+    """None for an operator that the opset does not have, or no longer has."""
     try:
-        return onnx.defs.get_schema(op, version, domain)
+        schema = onnx.defs.get_schema(op, version, domain)
     except onnx.defs.SchemaError:
         return None
+    if schema.deprecated:
+        return None
+    single = onnx.defs.OpSchema.FormalParameterOption.Single
+    return Signature(
+        inputs=(schema.min_input, schema.max_input),
+        outputs=(schema.min_output, schema.max_output),
+        single=tuple((i, f.name) for i, f in enumerate(schema.inputs) if f.option == single),
+        attributes={name: a.type.name for name, a in schema.attributes.items()},
+        required=frozenset(name for name, a in schema.attributes.items() if a.required),
+        since=schema.since_version,
+    )
 
 
-def _check_schema(node: ir.Node, schema: onnx.defs.OpSchema | None) -> None:
-    if schema is None or schema.deprecated:
-        newest = _schema(node.op_type, onnx.defs.onnx_opset_version(), node.domain)
-        hint = f"it exists since opset {newest.since_version}" if newest and not newest.deprecated else ""
+def _check_operator(node: ir.Node, signature: Signature | None) -> None:
+    if signature is None:
+        newest = _signature(node.op_type, onnx.defs.onnx_opset_version(), node.domain)
+        hint = f"it exists since opset {newest.since}" if newest else ""
         raise ModelError("PORT-0123", "the model's opset has no such operator", where=_label(node), hint=hint)
-    _check_counts(node, schema)
-    known = schema.attributes
-    missing = {name for name, a in known.items() if a.required} - set(node.attributes)
-    unknown = set(node.attributes) - set(known)
+    _check_counts(node, signature)
+    if not node.attributes and not signature.required:
+        return
+    missing = signature.required - node.attributes.keys()
+    unknown = node.attributes.keys() - signature.attributes.keys()
     if missing or unknown:
         _attribute_error(node, missing, unknown)
     for name, attribute in node.attributes.items():
-        if attribute.type.value != known[name].type.value:
-            what = f"the attribute {name!r} is {attribute.type.name}, not {known[name].type.name}"
+        if attribute.type.name != signature.attributes[name]:
+            what = f"the attribute {name!r} is {attribute.type.name}, not {signature.attributes[name]}"
             raise ModelError("PORT-0125", what, where=_label(node))
 
 
-def _attribute_error(node: ir.Node, missing: set[str], unknown: set[str]) -> None:
+def _attribute_error(node: ir.Node, missing: Set[str], unknown: Set[str]) -> None:
     what = f"lacks the attribute {min(missing)!r}" if missing else f"has no attribute {shown(min(unknown))!r}"
     raise ModelError("PORT-0125", f"the operator {what}", where=_label(node))
 
 
-def _check_counts(node: ir.Node, schema: onnx.defs.OpSchema) -> None:
+def _check_counts(node: ir.Node, signature: Signature) -> None:
+    for i, name in signature.single:
+        if i < len(node.inputs) and node.inputs[i] is None:
+            raise ModelError("PORT-0124", f"the operator lacks its input {name!r}", where=_label(node))
     given = max((i + 1 for i, value in enumerate(node.inputs) if value is not None), default=0)
-    single = onnx.defs.OpSchema.FormalParameterOption.Single
-    absent = [
-        f.name for f, v in zip(schema.inputs, node.inputs, strict=False) if v is None and f.option == single
-    ]
-    if absent or not schema.min_input <= given <= schema.max_input:
-        what = (
-            f"lacks its input {absent[0]!r}"
-            if absent
-            else f"has {given} inputs, not {_span(schema.min_input, schema.max_input)}"
-        )
-        raise ModelError("PORT-0124", f"the operator {what}", where=_label(node))
     made = max((i + 1 for i, value in enumerate(node.outputs) if value.name or value.uses()), default=0)
-    if not schema.min_output <= made <= schema.max_output:
-        what = f"the operator has {made} outputs, not {_span(schema.min_output, schema.max_output)}"
-        raise ModelError("PORT-0124", what, where=_label(node))
+    for count, (low, high), kind in (
+        (given, signature.inputs, "inputs"),
+        (made, signature.outputs, "outputs"),
+    ):
+        if not low <= count <= high:
+            what = f"the operator has {count} {kind}, not {_span(low, high)}"
+            raise ModelError("PORT-0124", what, where=_label(node))
 
 
 def _span(low: int, high: int) -> str:
     return str(low) if low == high else f"{low} to {high}"
-
-
-__all__ = ["all_nodes", "sort", "verify"]

@@ -251,11 +251,19 @@ def write_shapes(model: ir.Model) -> None:
 
     An output of the graph keeps the names that it declares.
     """
+    lists = {v: v.type for n in model.graph if _makes_lists(n) for v in n.outputs}
     common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    for value, kind in lists.items():  # onnx_ir writes the type of a list's elements instead
+        value.type, value.shape = kind, None
     facts = Facts(model.graph)
     for node in model.graph:
         for value in node.outputs:
             _write_shape(facts, value)
+
+
+def _makes_lists(node: ir.Node) -> bool:
+    """Whether a node's outputs are sequences or optionals, or may be."""
+    return "Sequence" in node.op_type or "Optional" in node.op_type or node.op_type in ("If", "Loop", "Scan")
 
 
 def _write_shape(facts: Facts, value: ir.Value) -> None:

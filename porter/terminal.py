@@ -91,6 +91,8 @@ def print_facts(facts: Mapping[str, Any], indent: int = 0) -> None:
 
 def print_explanation(found: Mapping[str, Any]) -> None:
     """Near-misses of a rule, the nearest first."""
-    print(f"{found['rule']} applies {found['matches']} times")
-    for miss in found["near_misses"]:
-        print(f"  {miss['node']}: {miss['reason']}  ({miss['rule']}, {miss['matched']} nodes matched)")
+    misses = found["near_misses"]
+    print(f"{found['rule']}: {found['edits']} edits, {len(misses)} near-misses")
+    for miss in misses:
+        print(f"  {miss['node']} ({miss['op']}): {miss['reason']}")
+        print(f"      rule {miss['rule']}, {miss['matched']} nodes matched, failed at {miss['failed']}")

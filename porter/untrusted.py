@@ -138,7 +138,10 @@ def _tensors(scope: Scope) -> Iterator[onnx.TensorProto]:
     yield from getattr(scope, "initializer", ())
     for attribute in _attributes(scope):
         sparse += attribute.HasField("sparse_tensor") + len(attribute.sparse_tensors)
-        if attribute.HasField("t"):
+        declared = attribute.type == onnx.AttributeProto.TENSOR and not attribute.ref_attr_name
+        if declared or attribute.HasField(
+            "t"
+        ):  # a tensor that is declared and missing reads as an untyped one
             yield attribute.t
         yield from attribute.tensors
     if sparse:
@@ -152,6 +155,11 @@ def _check_names(scope: Scope) -> None:
         _unique(list(scope.attribute) + [a.name for a in scope.attribute_proto], "attribute")
     else:
         inputs, initializers = [i.name for i in scope.input], [t.name for t in scope.initializer]
+    texts = [t for n in scope.node for t in (n.op_type, n.domain, n.name, *n.input, *n.output)]
+    if not all(
+        isinstance(t, str) for t in [*texts, *inputs, *initializers]
+    ):  # protobuf gives bytes for bad UTF-8
+        raise ModelError("PORT-0127", "a name is not UTF-8 text")
     made = [name for node in scope.node for name in node.output if name]
     _unique(inputs + made, "value")
     _unique(initializers + made, "value")
@@ -210,7 +218,8 @@ def _check_external(tensor: onnx.TensorProto, dtype: ir.DataType, where: str) ->
         raise ModelError("PORT-0118", "the tensor has both external and inline data", where=where)
     known = [(e.key, e.value) for e in tensor.external_data if e.key in ("location", "offset", "length")]
     entries = dict(known)
-    if len(entries) != len(known) or not entries.get("location"):
+    text = all(isinstance(v, str) for v in entries.values())  # protobuf gives bytes for bad UTF-8
+    if not text or len(entries) != len(known) or not entries.get("location"):
         raise ModelError(
             "PORT-0118", "external data wants exactly one location, offset and length", where=where
         )
@@ -247,7 +256,8 @@ def _check_inline(tensor: onnx.TensorProto, dtype: ir.DataType, where: str) -> N
     else:
         wanted, found = {_FIELD.get(dtype, "int32_data"): _entries(dtype, tensor.dims)}, present
     if {f: n for f, n in found.items() if n} != {f: n for f, n in wanted.items() if n}:
-        what = f"the tensor's shape {shown(list(tensor.dims))} of {dtype.name} wants {_counts(wanted)}, not {_counts(found)}"
+        shape = f"{dtype.name} {shown(list(tensor.dims))}"
+        what = f"a tensor of {shape} wants {_counts(wanted)}, not {_counts(found)}"
         raise ModelError("PORT-0116", what, where=where)
 
 

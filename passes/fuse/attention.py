@@ -29,7 +29,7 @@ from porter.match import attribute, constant, given, producer, scalar, shared_in
 from porter.pipeline import Promise
 from porter.rewrite import Mismatch, Rewrite
 from porter.shapes import axes_of
-from porter.symbols import ONE, All, Choice, Facts, Shape, is_causal, same
+from porter.symbols import ONE, All, Choice, Facts, Shape, is_causal, reduced, same
 
 MASKED = -1e9  # a score this low is as good as -inf
 
@@ -244,6 +244,16 @@ def without_causal(facts: Facts, mask: ir.Value, want: Shape) -> tuple[bool, ir.
     return (True, rest) if found else (False, mask)
 
 
+def _needed(facts: Facts, mask: ir.Value | None) -> ir.Value | None:
+    """A boolean mask without the parts that are true everywhere; None when nothing is left."""
+    content, shape = facts.element(mask), facts.shape(mask)
+    if isinstance(content, All) and shape is not None and not reduced(content, shape):
+        return None
+    node = producer(mask, "And")
+    sides = [_needed(facts, side) for side in node.inputs] if node else []
+    return next(s for s in sides if s is not None) if None in sides else mask
+
+
 def ungrouped(facts: Facts, value: ir.Value) -> tuple[ir.Value, int]:
     """The heads before each was repeated r times in a row, and r (1 when they were not).
 
@@ -348,7 +358,7 @@ class Absorb(RewriteRuleClassBase):
     """Take repeated heads, the cache and the causal mask into an Attention."""
 
     def __init__(self, facts: Facts) -> None:
-        super().__init__("take in heads, cache and mask")
+        super().__init__("take in heads, cache and mask", remove_nodes=False)  # its present may be read
         self.facts = facts
 
     def pattern(self, op, q, k, v):
@@ -379,7 +389,7 @@ class Absorb(RewriteRuleClassBase):
         if past:
             self._check_order(node, past, (q, mask))  # type: ignore[arg-type]
             return Plan(past[0].new, past[1].new, mask, found, past)  # type: ignore[union-attr,arg-type]
-        if times == 1 and not found:
+        if times == 1 and not found and mask is given(node, 3):
             raise Mismatch("nothing to take in: no repeated heads, no cache, no causal mask", node)
         return Plan(key, value, mask, found, None)
 
@@ -398,7 +408,7 @@ class Absorb(RewriteRuleClassBase):
 
     def _mask(self, node: ir.Node, want: Shape, *, aligned: bool) -> tuple[bool, ir.Value | None]:
         """Whether a causal part can go, and the mask that is left; without a past, S must equal T."""
-        mask = given(node, 3)
+        mask = _needed(self.facts, given(node, 3))
         if mask is None or attribute(node, "is_causal", 0):
             return False, mask
         if not aligned and not same(*want):
@@ -447,7 +457,7 @@ class MaskRows(RewriteRuleClassBase):
     """A mask with one row for all queries is written out for each: ONNX Runtime does not broadcast it."""
 
     def __init__(self, facts: Facts) -> None:
-        super().__init__("a mask row for each query")
+        super().__init__("a mask row for each query", remove_nodes=False)  # its present may be read
         self.facts = facts
 
     def pattern(self, op, q, k, v, mask):

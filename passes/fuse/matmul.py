@@ -191,7 +191,7 @@ def _joined(main: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
 
 
 def joined_name(names: Sequence[str]) -> str:
-    """`a.q_proj.weight`, `a.k_proj.weight` -> `a.qk_proj.weight`; `gate.weight`, `up.weight` -> `gate_up.weight`.
+    """`a.q_proj.weight`, `a.k_proj.weight` -> `a.qk_proj.weight`; `gate.w`, `up.w` -> `gate_up.w`.
 
     What all names begin and end with, cut at dots and underscores, and between it what tells them apart:
     single letters follow each other, words get an underscore.

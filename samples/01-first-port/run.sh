@@ -5,5 +5,5 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-out}
 
 porter export "$here/../stories260k" -o "$out/stories260k.onnx"
-porter convert "$out/stories260k.onnx" --weights int8 --kv int8 --budget kl=0.001,top1=0.99 -o "$out/stories260k"
-porter run "$out/stories260k" --prompt "Once upon a time" --max-new 48
+porter convert "$out/stories260k.onnx" --weights int8 --kv int8 --budget kl=0.01,top1=0.95 -o "$out/stories260k"
+porter run "$out/stories260k" --prompt "Once upon a time" --max-new 32

@@ -12,4 +12,4 @@ porter convert "$model" -o "$out/hard" --pipeline "
     clean.opset, clean.constants, clean.shapes, clean.identity, clean.dead,
     fuse.rms_norm, fuse.rotary, fuse.attention, fuse.swiglu, $pass, fuse.matmul, clean.dead,
     kv.static_cache, clean.dead, check.support"
-porter run "$out/hard" --prompt "Once upon a time" --max-new 48
+porter run "$out/hard" --prompt "Once upon a time" --max-new 32

@@ -348,7 +348,17 @@ def test_senseless_sampling_is_refused(options):
 
 def test_every_code_has_a_page():
     root = Path(__file__).parents[2]
-    for name in ("graph", "untrusted", "mapped", "structure", "decoder", "run/reference", "run/decode"):
+    for name in (
+        "graph",
+        "untrusted",
+        "mapped",
+        "saving",
+        "structure",
+        "decoder",
+        "feeds",
+        "run/reference",
+        "run/decode",
+    ):
         for code in set(re.findall(r'"(PORT-\d{4})"', (root / "porter" / f"{name}.py").read_text())):
             page = root / "docs" / "errors" / f"{code}.md"
             assert page.read_text().startswith(f"# {code}: "), code
