@@ -141,7 +141,7 @@ def test_convert_then_everything_that_reads_a_bundle(porter_: Porter, model: Pat
 def test_explain_as_json(porter_: Porter, model: Path) -> None:
     code, out, err = porter_("explain", "fuse.rms_norm", model, "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out) == {"rule": "fuse.rms_norm", "matches": 0, "near_misses": []}
+    assert json.loads(out) == {"rule": "fuse.rms_norm", "edits": 0, "near_misses": []}
 
 
 def test_export_as_json_and_as_text(porter_: Porter, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_what_is_shown_without_json(porter_: Porter, model: Path, bundle: Path) 
         (["inspect", model], "producer"),
         (["inspect", bundle], "sha256"),
         (["verify", bundle], "files are what was written"),
-        (["explain", "fuse.swiglu", model], "applies 0 times"),
+        (["explain", "fuse.swiglu", model], "fuse.swiglu: 0 edits"),
     ):
         code, out, err = porter_(*arguments)
         assert (code, err) == (0, ""), arguments
