@@ -1,4 +1,4 @@
-"""Fixtures that several tests share."""
+"""Fixtures that several tests share, and the rule that in CI a skipped test is a failure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import porter  # noqa: F401, I001  (before ONNX Runtime, whose telemetry it forbids)
 import onnx_ir as ir
 import onnxruntime
 import pytest
+
+import porter  # noqa: F401  (before ONNX Runtime, whose telemetry it forbids)
 
 ROOT = Path(__file__).parent.parent
 GRAPHS = Path(__file__).parent / "graphs"
@@ -19,6 +20,26 @@ Feeds = dict[str, np.ndarray]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite what the golden tests expect")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under CI=true, tests that did not run fail the suite, but those that need a GPU."""
+    if session.exitstatus == pytest.ExitCode.OK and _wrongly_skipped(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name them; pytest's own summary line comes after this."""
+    for report in _wrongly_skipped(config):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        terminalreporter.write_line(f"CI: {report.nodeid} must run: {reason}", red=True)
+
+
+def _wrongly_skipped(config: pytest.Config) -> list[pytest.TestReport]:
+    reporter = config.pluginmanager.getplugin("terminalreporter")  # none in a worker of pytest-xdist
+    if os.environ.get("CI") != "true" or reporter is None:
+        return []
+    return [report for report in reporter.stats.get("skipped", []) if "gpu" not in report.keywords]
 
 
 @pytest.fixture(scope="session")

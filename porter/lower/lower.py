@@ -8,8 +8,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from porter.lower import tvm_setup  # noqa: F401, I001  (before all that imports TVM)
-from porter.lower import build, plan, weights
+from porter.lower import (
+    build,
+    plan,
+    tvm_setup,  # noqa: F401  (before all that imports TVM)
+    weights,
+)
 from porter.lower.importer.program import DTYPES, Importer
 from porter.target import TargetSpec
 

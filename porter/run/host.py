@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-
-from porter.lower import tvm_setup  # noqa: F401, I001  (before TVM)
 import tvm
 from tvm import relax
 
 from porter.context import Feeds
 from porter.errors import BundleError, OptionError
+from porter.lower import tvm_setup  # noqa: F401  (before TVM)
 from porter.run.protocol import TensorSpec
 
 

@@ -106,7 +106,9 @@ def test_text_streams(bundle: Path) -> None:
     pieces: list[str] = []
     made = stream(Runnable.of(bundle), "Once upon a time", None, 20, {"temperature": 0}, pieces.append)
     # llama2.c's own test has this text for greedy decoding.
-    assert "".join(pieces).startswith("Once upon a time, there was a little girl named Lily. She loved to play")
+    assert "".join(pieces).startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play"
+    )
     assert len(made.tokens) == 20
     full = stream(Runnable.of(bundle), "", [1] * 510, 64, {"temperature": 0}, None)
     assert len(full.tokens) == 3  # 512 places: two more are fed, and the third new token needs none
@@ -116,7 +118,9 @@ def test_conversion_repeats_to_the_byte(bundle: Path, stories_onnx: Path, tmp_pa
     """In another process with another hash seed and another place."""
     out = tmp_path / "again"
     code = f"from pathlib import Path; from porter.convert import *; convert(Path({str(stories_onnx)!r}), Path({str(out)!r}), Options())"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, cwd=tmp_path)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, cwd=tmp_path
+    )
     for name in ("manifest.json", "model.onnx", "plan.json", "lib/model.so", "lib/weights.bin"):
         assert (out / name).read_bytes() == (bundle / name).read_bytes(), name
 

@@ -134,7 +134,9 @@ class Importer:
             func = make()
             name = str(func.attrs["global_symbol"])
             same = sum(k.name_hint.split("__")[0] == name for k in self._kernels.values())
-            name = f"{name}__{same}" if same else name  # a kernel's name does not tell all, its epsilon for one
+            name = (
+                f"{name}__{same}" if same else name
+            )  # a kernel's name does not tell all, its epsilon for one
             self._kernels[key] = self.builder.add_func(func.with_attr("global_symbol", name), name)
         return self._kernels[key]
 

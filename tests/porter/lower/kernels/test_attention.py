@@ -5,13 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from kernels import UNIT, built
+
 from porter.lower.kernels.attention import LOWEST, Attention, Cache, attention
 from porter.lower.kernels.codecs import pack_pairs
 
 BATCH, STEPS, LENGTH = 3, 5, 21  # a length that is no multiple of the kernel's tile
 
 
-def spec(width: int = 8, codec: str = "fp32", heads: tuple[int, int] = (4, 2), **options: object) -> Attention:
+def spec(
+    width: int = 8, codec: str = "fp32", heads: tuple[int, int] = (4, 2), **options: object
+) -> Attention:
     values: dict[str, object] = {
         "length": LENGTH if options.get("offset") == "lengths" else "t",
         "scale": width**-0.5,
@@ -24,7 +27,11 @@ def spec(width: int = 8, codec: str = "fp32", heads: tuple[int, int] = (4, 2), *
 
 BOOL, ADDED = {"mask": ("b", 1, "s", "t")}, {"mask": ("b", 1, "s", "t"), "mask_dtype": "float32"}
 SPECS = {
-    **{f"{c} {o}": spec(codec=c, offset=o) for c in ("fp32", "int8", "int4") for o in ("start", "end", "lengths")},
+    **{
+        f"{c} {o}": spec(codec=c, offset=o)
+        for c in ("fp32", "int8", "int4")
+        for o in ("start", "end", "lengths")
+    },
     **{f"{c} sees all": spec(codec=c, offset="start", causal=False) for c in ("fp32", "int8", "int4")},
     "lengths alone": spec(offset="lengths", causal=False),
     **{f"head size {d}": spec(d) for d in (1, 2, 12, 64, 80, 128, 256)},
@@ -50,7 +57,9 @@ def kernels() -> dict:
     return dict(zip(SPECS, built(attention(s) for s in SPECS.values()), strict=True))
 
 
-def stored(cache: Cache, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+def stored(
+    cache: Cache, shape: tuple[int, ...], rng: np.random.Generator
+) -> tuple[list[np.ndarray], np.ndarray]:
     """The buffers of a cache, and what they stand for in float64."""
     shape = (*shape, cache.width)
     if cache.codec == "fp32":
@@ -68,7 +77,9 @@ def mask_of(s: Attention, rng: np.random.Generator) -> list[np.ndarray]:
     shape = tuple(sizes[d] if isinstance(d, str) else d for d in s.mask)
     if not shape:
         return []
-    return [rng.random(shape) < 0.7 if s.mask_dtype == "bool" else rng.standard_normal(shape).astype(np.float32)]
+    return [
+        rng.random(shape) < 0.7 if s.mask_dtype == "bool" else rng.standard_normal(shape).astype(np.float32)
+    ]
 
 
 def last_seen(s: Attention, lengths: np.ndarray, steps: int, length: int) -> np.ndarray:
@@ -99,7 +110,11 @@ def expected(
     # terms' size; tanh adds 4 units of the cap. A weight's relative error is that, once above and once below the
     # fraction, and 2 units for exp. The sums over keys and their rescalings add 2 roundings for each key, of
     # a result no larger than the largest value.
-    off = (s.key.width + 4) * UNIT * (size.max(initial=0) + np.abs(mask[0]).max(initial=0) if mask else size.max(initial=0))
+    off = (
+        (s.key.width + 4)
+        * UNIT
+        * (size.max(initial=0) + np.abs(mask[0]).max(initial=0) if mask else size.max(initial=0))
+    )
     off += 4 * UNIT * s.softcap
     return share @ v, (2 * off + (2 * k.shape[2] + 8) * UNIT) * np.abs(v).max(initial=0)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from kernels import built
+
 from porter.lower.kernels.integers import counting, scalars, wrapped
 
 

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kernels import UNIT, built
+
 from porter.lower.kernels.matmul import Layout, gather, matmul
 
 FP8 = {"fp8-e4m3fn": ml_dtypes.float8_e4m3fn, "fp8-e5m2": ml_dtypes.float8_e5m2}
@@ -94,7 +95,9 @@ def test_every_code_decodes_exactly(name: str) -> None:
     by_matmul, by_gather = built([matmul(layout), gather(layout)])
     packed = layout.pack_codes(codes[:, None])
     # One term, 0 + 1 * w: nothing is rounded (only -0 becomes 0, which compares equal).
-    np.testing.assert_array_equal(by_matmul(np.ones((1, 1), np.float32), packed, *scale, shape=(1, len(codes)))[0], wanted)
+    np.testing.assert_array_equal(
+        by_matmul(np.ones((1, 1), np.float32), packed, *scale, shape=(1, len(codes)))[0], wanted
+    )
     rows = by_gather(np.arange(len(codes)), packed, *scale, shape=(len(codes), 1))[:, 0]
     np.testing.assert_array_equal(rows, wanted)
     np.testing.assert_array_equal(np.signbit(rows[~np.isnan(wanted)]), np.signbit(wanted[~np.isnan(wanted)]))

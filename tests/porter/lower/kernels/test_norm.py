@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from kernels import UNIT, built
+
 from porter.lower.kernels.norm import rms_norm
 
 CASES = [(w, e) for w in (1, 7, 12, 64, 172, 4096) for e in (1e-5, 1e-12)]

@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 from kernels import UNIT, built
+
 from porter.lower.kernels.rotary import rotary
 
 BATCH, HEADS, STEPS, ROWS = 3, 2, 4, 9
 # width, rotated channels, interleaved, table, batch of the cosines
 CASES = [
-    (w, r, i, t, "b") for w, r in ((8, 8), (12, 12), (12, 8), (80, 32), (2, 2)) for i in (False, True) for t in (None, ROWS)
+    (w, r, i, t, "b")
+    for w, r in ((8, 8), (12, 12), (12, 8), (80, 32), (2, 2))
+    for i in (False, True)
+    for t in (None, ROWS)
 ] + [(8, 8, False, "rows", "b"), (8, 8, False, None, 1), (8, 4, True, None, 1)]
 
 
@@ -21,7 +25,9 @@ def kernels() -> dict:
 def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, count: int, interleaved: bool) -> np.ndarray:
     """cos, sin [batch, steps, count / 2]."""
     y, half = x.copy(), count // 2
-    first, second = (slice(0, count, 2), slice(1, count, 2)) if interleaved else (slice(half), slice(half, count))
+    first, second = (
+        (slice(0, count, 2), slice(1, count, 2)) if interleaved else (slice(half), slice(half, count))
+    )
     c, s = cos[:, None], sin[:, None]
     y[..., first] = x[..., first] * c - x[..., second] * s
     y[..., second] = x[..., second] * c + x[..., first] * s
