@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -10,6 +10,7 @@ import pkgutil
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 
 from porter.errors import PassError
 from porter.pipeline import Foreign, Pass
@@ -43,25 +44,42 @@ def find(name: str) -> type[Pass] | Pass:
     raise PassError("PORT-0201", f"there is no pass named {name!r}", hint="porter passes lists them")
 
 
+def describe() -> list[dict[str, str]]:
+    """Every pass that can be named: built-in ones, then those of installed packages."""
+    names = builtin() + sorted({e.name for e in entry_points(group=GROUP)} - set(builtin()))
+    rows = []
+    for name in names:
+        found = find(name)
+        doc = (inspect.getmodule(found) or found).__doc__ if inspect.isclass(found) else ""
+        rows.append(
+            {"name": name, "promise": found.promise.value, "what": (doc or "").strip().split("\n")[0]}
+        )
+    return rows
+
+
 def _from_file(path: Path) -> type[Pass]:
     if not path.is_file():
         raise PassError("PORT-0201", "there is no such pass file", where=str(path))
-    cls = _only_pass(_load(path.resolve(), path.stat().st_mtime_ns), str(path))
+    cls = _only_pass(_load(path), str(path))
     cls.name = str(path)  # so that the pipeline text reads back
     return cls
 
 
-@functools.cache
-def _load(path: Path, changed: int) -> object:
-    """The module of a file, loaded once for as long as it does not change, so that equal passes are equal."""
-    spec = importlib.util.spec_from_file_location(f"porter_pass_file_{path.stem}", path)
+def _load(path: Path) -> ModuleType:
+    """The file as a module, once for each content: so the text of a pipeline reads back to equal passes."""
+    name = f"porter_pass_{path.stem}_{hashlib.sha256(bytes(path.resolve()) + path.read_bytes()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look annotations up there
+    module = sys.modules[name] = importlib.util.module_from_spec(
+        spec
+    )  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         raise PassError("PORT-0208", f"the file does not load: {error}", where=str(path)) from error
     return module
 

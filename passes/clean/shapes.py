@@ -42,7 +42,7 @@ class InferShapes(Pass):
     """Infer shapes with named dimensions; simplify shape arithmetic."""
 
     promise: ClassVar[Promise] = Promise.EXACT
-    after: ClassVar[tuple[str, ...]] = ("clean.opset", "clean.constants")
+    after: ClassVar[tuple[str, ...]] = ("clean.opset", "clean.interface", "clean.constants")
 
     def run(self, model: ir.Model, context: Context) -> int:
         """Values whose shape or type was not written down, plus nodes simplified."""

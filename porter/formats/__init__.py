@@ -1,1 +1,6 @@
 """Number formats in numpy: element codes, blocks, rounding; knows no graph."""
+
+from porter.formats.format import Format, parse
+from porter.formats.rounding import decode, encode
+
+__all__ = ["Format", "decode", "encode", "parse"]

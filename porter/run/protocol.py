@@ -20,11 +20,15 @@ class TensorSpec:
 
 
 class Runner(Protocol):
-    """Runs a model. `inputs` and `outputs` are in graph order; `in_place` maps an output to the input it overwrites."""
+    """Runs a model. `inputs` and `outputs` are in graph order; `in_place` maps an output to the input it overwrites.
+
+    `bounds` are the largest values that symbolic dimensions may have; a dimension it does not name has none.
+    """
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     in_place: Mapping[str, str]
+    bounds: Mapping[str, int]
 
     def run(self, feeds: Feeds) -> Feeds:
         """Outputs by name. An input that `in_place` names is written to and comes back as that output."""

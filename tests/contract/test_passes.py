@@ -23,7 +23,9 @@ NAMES = builtin()
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(GOLDEN.rglob("*.onnxtxt"))
 SIZES = {"batch": 3, "sequence": 5, "past": 4, "total": 9, "keys": 9}
-SUBJECTS = [n for n in NAMES if (GOLDEN / n.replace(".", "/")).is_dir()]
+SUBJECTS = [n for n in NAMES if (GOLDEN / n.replace(".", "/")).is_dir() and not n.startswith("check.")]
+# What keeps the interface and is not lossy; the others have their numbers held in tests/passes.
+COMPARABLE = [p for p in CASES if p.relative_to(GOLDEN).parts[0] in ("clean", "fuse")]
 
 
 def source(name: str) -> str:
@@ -128,7 +130,7 @@ def _edits_of_last(pipeline: Pipeline, model: ir.Model) -> int:
 
 
 @pytest.mark.parametrize("past", [0, 4])
-@pytest.mark.parametrize("path", CASES, ids=lambda p: str(p.relative_to(GOLDEN)))
+@pytest.mark.parametrize("path", COMPARABLE, ids=lambda p: str(p.relative_to(GOLDEN)))
 def test_promise(path: Path, past: int, run_onnx: Callable, make_feeds: Callable, worst: Callable) -> None:
     sizes = SIZES | {"past": past, "total": past + 5, "keys": past + 5}
     if path.stem == "one_row_of_the_operator":  # ONNX Runtime runs the model before for a batch of one only

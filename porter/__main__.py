@@ -1,0 +1,5 @@
+"""`python -m porter` is the command line."""
+
+from porter.cli import main
+
+main()

@@ -1,0 +1,290 @@
+"""The command line: arguments in, text and exit code out. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from porter import __version__
+from porter.errors import OptionError, PorterError
+
+app = typer.Typer(
+    name="porter",
+    help="Port a model to an accelerator it was not made for, and say what the port costs.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+Out = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Text (.txt, .json) or token ids (.npy, .json) to measure on, or 'random'. Default: text the model writes itself."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
+Budget = Annotated[
+    str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when it is exceeded.")
+]
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or a request to end: unlike KeyboardInterrupt, no library on the way answers it for us."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted(number)
+
+
+def main() -> None:
+    """Run the command line; every failure is one line on stderr and an exit code."""
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        _main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _main() -> None:
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        try:
+            app(arguments, prog_name="porter")
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is not yet a message of the interpreter's
+    except PorterError as error:
+        if debug:
+            raise
+        print(f"porter: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Interrupted as interrupted:
+        print("porter: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(128 + interrupted.args[0])
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        print(
+            f"porter: PORT-0999: a bug in porter: {what}; run again with --debug and report it",
+            file=sys.stderr,
+        )
+        sys.exit(70)
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Options that stand before a command."""
+    if version:
+        print(f"porter {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="A local Hugging Face folder, or package.module:factory.")],
+    output: Out,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 23 or newer.")] = 23,
+    json_: Json = False,
+) -> None:
+    """Export a PyTorch model to ONNX with an explicit KV cache, and check it against PyTorch."""
+    from porter.export import export as run
+    from porter.report.report import plain
+    from porter.terminal import Stages
+
+    with Stages(quiet=json_) as stages:
+        report = run(source, output, opset=opset, progress=stages.named)
+    _answer(plain(report), json_, lambda: print(report.summary()))
+
+
+@app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    output: Out,
+    target: Annotated[
+        str, typer.Option(help="A target's name (porter targets) or the path of its .toml.")
+    ] = "host",
+    weights: Annotated[str, typer.Option(help="Weight format, as int4-g32.")] = "",
+    kv: Annotated[str, typer.Option(help="KV-cache scheme, as int8.")] = "",
+    pipeline: Annotated[str, typer.Option(help="Passes to run instead of the target's own.")] = "",
+    budget: Budget = "",
+    data: Data = "",
+    seed: Seed = 0,
+    context: Annotated[
+        int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
+    ] = 0,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")] = False,
+    json_: Json = False,
+) -> None:
+    """Port a model to a target: a bundle, and a report of how far its output drifted."""
+    from porter.convert import Options, over_budget
+    from porter.convert import convert as run
+    from porter.terminal import Stages, print_report
+
+    with Stages(quiet=json_) as stages:
+        options = Options(
+            target, weights, kv, pipeline, budget, data, seed, context, keep, _command(), stages.update
+        )
+        try:
+            report = run(model, output, options)
+        except PorterError as error:
+            if (failed := getattr(error, "report", None)) is not None:
+                stages.stop()
+                _answer(failed.to_dict(), json_, lambda: print_report(failed))
+            raise
+    _answer(report.to_dict(), json_, lambda: print_report(report))
+    if not report.ok:
+        raise over_budget(report)
+    if not json_:
+        print(f"bundle: {output}\nreport: {output / 'report.html'}")
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, or an ONNX decoder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    tokens: Annotated[str, typer.Option(help="Token ids to continue, as 1,2,3.")] = "",
+    max_new: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among this many (0: all).")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this share.")] = 1.0,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Generate text with a bundle; it streams to stdout."""
+    from porter.drift.measure import Runnable
+    from porter.generate import stream
+
+    model = Runnable.of(bundle)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    ids = [int(t) for t in tokens.split(",")] if _are_ints(tokens) else None
+    if tokens and ids is None:
+        raise OptionError(
+            "PORT-0832", f"{tokens!r} is not a list of token ids", where="--tokens", hint="as 1,2,3"
+        )
+    made = stream(model, prompt, ids, max_new, sampling, None if json_ else _write)
+    _answer(made.to_dict(), json_, lambda: print(f"\n{made.summary()}", file=sys.stderr))
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="The reference: an ONNX file or a bundle.")],
+    b: Annotated[Path, typer.Argument(help="What is measured against it: an ONNX file or a bundle.")],
+    budget: Budget = "",
+    data: Data = "",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Measure how far B's output is from A's, on prefill and on cached decode steps."""
+    from porter.diff import diff as run
+    from porter.terminal import Stages, print_report
+
+    with Stages(quiet=json_) as stages:
+        report = run(a, b, budget=budget, data=data, seed=seed, repeat=_command(), progress=stages.update)
+    _answer(report.to_dict(), json_, lambda: print_report(report))
+    if not report.ok:
+        from porter.convert import over_budget
+
+        raise over_budget(report)
+
+
+@app.command()
+def verify(bundle: Annotated[Path, typer.Argument(help="A bundle.")], json_: Json = False) -> None:
+    """Check every file of a bundle against its digest."""
+    from porter.bundle import Bundle
+
+    count = Bundle.open(bundle).verify()
+    _answer(
+        {"ok": True, "files": count}, json_, lambda: print(f"{bundle}: {count} files are what was written")
+    )
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="An ONNX file or a bundle.")], json_: Json = False
+) -> None:
+    """Show what a model is: interface, operators, opsets, weights."""
+    from porter.inspect import inspect as run
+    from porter.terminal import print_facts
+
+    facts = run(model)
+    _answer(facts, json_, lambda: print_facts(facts))
+
+
+@app.command()
+def explain(
+    rule: Annotated[str, typer.Argument(help="A rewriting pass, as fuse.rms_norm, or a .py file.")],
+    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    json_: Json = False,
+) -> None:
+    """Say where a rewrite almost applied, and which condition failed."""
+    from porter.explain import explain as run
+    from porter.terminal import print_explanation
+
+    found = run(rule, model)
+    _answer(found, json_, lambda: print_explanation(found))
+
+
+@app.command()
+def passes(json_: Json = False) -> None:
+    """List the passes."""
+    from porter.registry import describe
+    from porter.terminal import print_rows
+
+    rows = describe()
+    _answer(rows, json_, lambda: print_rows(rows, ("name", "promise", "what")))
+
+
+@app.command()
+def targets(
+    name: Annotated[str, typer.Argument(help="Show this one in full.")] = "", json_: Json = False
+) -> None:
+    """List the targets, or show one."""
+    from porter import target
+    from porter.terminal import print_facts, print_rows
+
+    if name:
+        facts = target.load(name).model_dump(mode="json")
+        _answer(facts, json_, lambda: print_facts(facts))
+        return
+    specs = [target.load(n) for n in target.names()]
+    rows = [{"name": s.name, "family": s.family, "weights": ", ".join(s.weights), "kv": ", ".join(s.kv),
+             "summary": s.summary} for s in specs]  # fmt: skip
+    _answer(rows, json_, lambda: print_rows(rows, ("name", "family", "weights", "kv", "summary")))
+
+
+def _answer(document: Any, as_json: bool, show: Any) -> None:
+    if as_json:
+        print(json.dumps(document, indent=1, allow_nan=False))
+    else:
+        show()
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["porter", *sys.argv[1:]])
+
+
+def _are_ints(text: str) -> bool:
+    return bool(text) and all(part.strip().isdigit() for part in text.split(","))
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

@@ -1,0 +1,201 @@
+"""The straight path: an ONNX file goes in, a bundle and its drift report come out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from porter import __version__, bundle, decoder, graph, target
+from porter.context import Context
+from porter.drift import budget as budgets
+from porter.drift.measure import Runnable, feeds_for, measure, tokenizer_files
+from porter.errors import DriftError, OptionError
+from porter.pipeline import Pipeline, Step
+from porter.report import html, junit
+from porter.report.report import DriftReport, Figure, Stage
+from porter.run.reference import ReferenceRunner
+from porter.target import TargetSpec
+
+if TYPE_CHECKING:
+    from porter.lower.plan import Plan
+    from porter.run.host import HostRunner
+
+MAX_BATCH = 8  # rows that one step may have; memory is planned for them
+MAX_STEP = 512  # tokens that one step may feed; longer prompts are fed in pieces
+MAX_CONTEXT = 4096  # cached tokens, where the model allows more and --context does not ask for it
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion may be told. Paths and texts are as the command line takes them."""
+
+    target: str = "host"
+    weights: str = ""
+    kv: str = ""
+    pipeline: str = ""
+    budget: str = ""
+    data: str = ""
+    seed: int = 0
+    context: int = 0
+    keep: bool = False
+    repeat: str = ""  # the command that does this again, for the report
+    progress: Progress = field(default=lambda stage, fraction: None, compare=False)
+
+
+def convert(source: Path, out: Path, options: Options) -> DriftReport:
+    """Port `source` and write the bundle `out`; the report says what the passes and the lowering cost.
+
+    With a budget, raises DriftError PORT-0605 and leaves no bundle when the lowered program drifts past it (unless
+    `options.keep`); the error's `report` holds the figures. Other failures are PorterErrors of the step they
+    happen in, and leave nothing behind either.
+    """
+    started, progress = time.perf_counter(), options.progress
+    spec, allowed = target.load(options.target), budgets.parse(options.budget)
+    pipeline = Pipeline.parse(pipeline_text(spec, options))
+    with bundle.writing(out) as folder:
+        progress("load", 0.0)
+        model = graph.load(source)
+        graph.check_finite(model)
+        _copy_tokenizer(source, folder)
+        progress("feeds", 0.0)
+        reference = Runnable.of(source)
+        feeds = feeds_for(reference, options.data, options.seed)
+        progress("passes", 0.0)
+        steps = run_passes(pipeline, model, Context(spec, seed=options.seed), progress)
+        ported = decoder.recognise(model)
+        graph.save(model, folder / bundle.MODEL)
+        lowered = _lower(graph.load(folder / bundle.MODEL), spec, folder, ported, progress)
+        runners = {"passes": ReferenceRunner(folder / bundle.MODEL), "total": _host(folder)}
+        ports = {n: Runnable.over(n, r, ported, model, reference.words) for n, r in runners.items()}
+        drift = measure(reference, ports, feeds, lambda f: progress("measure", f))
+        facts = _facts(source, spec, pipeline, options)
+        bundle.write_manifest(folder, ported, facts)
+        report = DriftReport.of(
+            drift,
+            feeds.to_json(),
+            model=facts["source"],
+            target=spec.name,
+            pipeline=str(pipeline),
+            stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
+            memory=_memory(source, lowered),
+            seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
+            budget=allowed,
+            repeat=options.repeat,
+            versions=facts["versions"],
+        )
+        _write_reports(report, folder)
+        if not report.ok and not options.keep:
+            raise over_budget(report)
+    return report
+
+
+def pipeline_text(spec: TargetSpec, options: Options) -> str:
+    """The target's pipeline with its slots filled, or the user's own.
+
+    Raises OptionError PORT-0830 for a format or scheme that the target's kernels do not read.
+    """
+    if options.pipeline:
+        return options.pipeline
+    slots = {"weights": "", "kv": ""}
+    for slot, asked, offered in (("weights", options.weights, spec.weights), ("kv", options.kv, spec.kv)):
+        name = (spec.flavour(asked) if slot == "weights" else asked) or "fp32"
+        if name not in offered:
+            what = f"{spec.name} has no {slot} format {asked!r}"
+            raise OptionError("PORT-0830", what, where=f"--{slot}", hint=f"it has: {', '.join(offered)}")
+        if name != "fp32":
+            slots[slot] = (
+                f"quantize.weights{{format={name}}}" if slot == "weights" else f"kv.quantize{{scheme={name}}}"
+            )
+    limit = f"{{capacity={options.context}}}" if options.context else ""
+    text = spec.pipeline.replace("kv.static_cache", f"kv.static_cache{limit}")
+    for slot, filled in slots.items():
+        text = text.replace(f"{{{slot}}}", filled)
+    return text
+
+
+def run_passes(pipeline: Pipeline, model: ir.Model, context: Context, progress: Progress) -> list[Step]:
+    """Run the pipeline, telling how far it is."""
+    done = 0
+
+    def watch(step: object, model: ir.Model) -> None:
+        nonlocal done
+        progress("passes", done / len(pipeline.passes))
+        done += 1
+
+    return pipeline.run(model, context, watch)
+
+
+def over_budget(report: DriftReport) -> DriftError:
+    """The refusal, with the report on it."""
+    what = "; ".join(str(v) for v in report.violations)
+    error = DriftError("PORT-0605", f"the lowered program is over budget: {what}",
+                       hint="--keep writes the bundle all the same")  # fmt: skip
+    error.report = report  # type: ignore[attr-defined]
+    return error
+
+
+def _lower(
+    model: ir.Model, spec: TargetSpec, folder: Path, ported: decoder.Decoder, progress: Progress
+) -> Plan:
+    """Lower the model as saved, so that weights are mapped from the bundle and not computed again."""
+    progress("lower", 0.0)
+    from porter.lower.lower import lower
+
+    context = min(ported.capacity or ported.context or MAX_CONTEXT, MAX_CONTEXT)
+    step = context if ported.cache == "none" else min(context, MAX_STEP)
+    bounds = {"batch": MAX_BATCH, "sequence": step, "past": context}
+    return lower(model, spec, folder, bounds, lambda f: progress("lower", f))
+
+
+def _host(folder: Path) -> HostRunner:
+    from porter.run.host import HostRunner
+
+    return HostRunner(folder)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files that lie beside the model into the bundle."""
+    for file in tokenizer_files(source):
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / "tokenizer" / file.name)
+
+
+def _memory(source: Path, plan: Plan) -> dict[str, Figure]:
+    return {
+        "weights of the source": Figure(graph.weight_bytes(graph.load(source)), "bytes", "measured"),
+        "weights of the port": Figure(sum(w["bytes"] for w in plan.weights), "bytes", "measured"),
+        "workspace": Figure(plan.workspace_bytes, "bytes", "measured"),
+        "workspace, lower bound": Figure(plan.lower_bound_bytes, "bytes", "estimated"),
+    }
+
+
+def _write_reports(report: DriftReport, folder: Path) -> None:
+    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    (folder / "report.html").write_text(html.to_html(report), encoding="utf-8")
+    (folder / "report.junit.xml").write_text(junit.to_xml(report), encoding="utf-8")
+
+
+def _facts(source: Path, spec: TargetSpec, pipeline: Pipeline, options: Options) -> dict[str, Any]:
+    return {
+        "source": {"name": source.name, "sha256": graph.digest(source)},
+        "target": spec.model_dump(mode="json"),
+        "pipeline": str(pipeline),
+        "seed": options.seed,
+        "machine": platform.machine(),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript")
+    return {"porter": __version__, **{p: importlib.metadata.version(p) for p in packages}}

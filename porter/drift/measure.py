@@ -1,0 +1,137 @@
+"""Measure a port: reference, passes' result and lowered result on the same feeds, decoder or encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from porter import decoder as decoders
+from porter import graph, tokenizer
+from porter.bundle import Bundle
+from porter.decoder import Decoder
+from porter.drift import feeds as feeding
+from porter.drift.compare import Comparison, compare, encode
+from porter.drift.feeds import TokenFeeds
+from porter.errors import OptionError
+from porter.run.decode import Decode
+from porter.run.protocol import Runner
+from porter.run.reference import ReferenceRunner
+from porter.tokenizer import Tokenizer
+
+Fraction = Callable[[float], None]
+
+BATCH = 4  # windows that run side by side
+LENGTH = 129  # tokens of a text that the model writes itself: 64 prefilled, 64 decoded through the cache
+TEXTS = 8
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A model that can be run: an ONNX file or a bundle. `vocabulary` is how many tokens it knows."""
+
+    name: str
+    runner: Runner
+    decoder: Decoder
+    vocabulary: int
+    bos: int | None
+    words: Tokenizer | None
+
+    @classmethod
+    def of(cls, path: Path) -> Runnable:
+        """Open `path`: a folder is a bundle, anything else an ONNX file. Raises what opening them does."""
+        if path.is_dir():
+            bundle = Bundle.open(path)
+            model, runner, words = graph.load(bundle.model), bundle.runner(), bundle.tokenizer()
+            return cls.over(path.name, runner, bundle.decoder, model, words)
+        model = graph.load(path)
+        words = find_tokenizer(path)
+        return cls.over(path.name, ReferenceRunner(path), decoders.recognise(model), model, words)
+
+    @classmethod
+    def over(
+        cls, name: str, runner: Runner, decoder: Decoder, model: ir.Model, words: Tokenizer | None
+    ) -> Runnable:
+        """A runner of `model`, which says what the runner's interface means."""
+        said = model.metadata_props.get("porter.bos", "")
+        bos = int(said) if said.isdigit() else words.bos if words else None
+        return cls(name, runner, decoder, _vocabulary(model, decoder), bos, words)
+
+    def session(self, batch: int) -> Decode:
+        """A decoding session."""
+        return Decode(self.runner, self.decoder, batch)
+
+    def encode(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """An encoder's hidden states of tokens and mask, int64 [batch, n]."""
+        feeds = decoders.feeds(self.decoder, tokens, 0, {}, self.runner.inputs)
+        if self.decoder.mask:
+            feeds[self.decoder.mask] = mask.astype(self.runner.inputs[self.decoder.mask].dtype)
+        return self.runner.run(feeds)[self.decoder.output]
+
+
+def find_tokenizer(model: Path) -> Tokenizer | None:
+    """The tokenizer of an ONNX file: in `<stem>.tokenizer/` or `tokenizer/` beside it, or loose beside it."""
+    files = tokenizer_files(model)
+    return tokenizer.load(files[0].parent) if files else None
+
+
+def tokenizer_files(model: Path) -> list[Path]:
+    """The files of that tokenizer."""
+    places = (model.parent / f"{model.stem}.tokenizer", model.parent / "tokenizer", model.parent)
+    return next((found for p in places if p.is_dir() and (found := tokenizer.files(p))), [])
+
+
+def feeds_for(model: Runnable, data: str, seed: int) -> TokenFeeds:
+    """The user's text or tokens; else text that the model itself writes; random tokens when `data` is "random".
+
+    Raises OptionError PORT-0831 for an encoder without data (it cannot write), and what reading a file raises.
+    """
+    length = min(LENGTH, model.decoder.context or LENGTH)
+    if data == RANDOM:
+        return feeding.random_tokens(model.vocabulary, count=TEXTS, length=length, seed=seed, bos=model.bos)
+    if data:
+        return feeding.from_file(Path(data), model.words)
+    if model.decoder.cache == "none":
+        raise OptionError("PORT-0831", "an encoder cannot write its own text", where=model.name,
+                          hint="give --data FILE, or --data random")  # fmt: skip
+    eos = model.decoder.eos
+    return feeding.self_generated(
+        model.session, bos=model.bos or 0, length=length, count=TEXTS, seed=seed, eos=eos
+    )
+
+
+def measure(
+    reference: Runnable, candidates: Mapping[str, Runnable], feeds: TokenFeeds, progress: Fraction
+) -> dict[str, Comparison]:
+    """Compare the candidates with the reference; given "passes" and "total", also those two, as "lowering"."""
+    feeds.check(reference.vocabulary)
+    also = {"lowering": ("passes", "total")} if {"passes", "total"} <= candidates.keys() else {}
+    everything = [reference, *candidates.values()]
+    window = min((n for r in everything for n in (r.decoder.capacity, r.decoder.context) if n), default=None)
+
+    def watch(done: int, total: int) -> None:
+        progress(done / total)
+
+    if reference.decoder.cache == "none":
+        encoders = {name: r.encode for name, r in candidates.items()}
+        return encode(
+            reference.encode, encoders, feeds, window=window, batch=BATCH, also=also, progress=watch
+        )
+    sessions = {name: r.session for name, r in candidates.items()}
+    return compare(reference.session, sessions, feeds, window=window, batch=BATCH, also=also, progress=watch)
+
+
+def _vocabulary(model: ir.Model, decoder: Decoder) -> int:
+    """How many tokens there are: the last axis of the logits, or the rows of the table that the tokens pick from."""
+    if decoder.cache != "none":
+        output = next(v for v in model.graph.outputs if v.name == decoder.output)
+        if output.shape is not None and isinstance(output.shape[-1], int):
+            return output.shape[-1]
+    tokens = next(v for v in model.graph.inputs if v.name == decoder.tokens)
+    tables = [u.node.inputs[0] for u in tokens.uses() if u.node.op_type == "Gather" and u.idx == 1]
+    sizes = [int(t.const_value.shape[0]) for t in tables if t is not None and t.const_value is not None]
+    return sizes[0] if sizes else np.iinfo(np.int32).max

@@ -1,0 +1,101 @@
+"""From a Relax module to a shared library: legalize, fuse, plan memory, compile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import tvm
+from tvm import relax
+
+from porter.errors import EnvironmentFailure, TargetError
+from porter.target import TargetSpec
+
+# What every x86-64 server and laptop of the last decade has (AVX2, FMA, F16C). Not the build machine's own CPU: the
+# same input must give the same library everywhere, and a bundle must run elsewhere.
+BASELINE = {"x86_64": "x86-64-v3", "AMD64": "x86-64-v3"}
+
+
+def tvm_target(spec: TargetSpec) -> tvm.target.Target:
+    """TVM's target for a host spec."""
+    config = dict(spec.tvm)
+    mcpu = BASELINE.get(platform.machine())
+    if config["kind"] == "llvm" and mcpu:
+        config.setdefault("mcpu", mcpu)
+    return tvm.target.Target(config)
+
+
+def planned(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """Legalize, fuse and plan memory: after this every buffer is a view of a storage of known size."""
+    passes = [
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(),
+        relax.transform.RewriteDataflowReshape(),
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+    ]
+    with target:
+        return tvm.transform.Sequential(passes)(module)
+
+
+def compiled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Executable:
+    """Machine code and bytecode of a planned module."""
+    passes = [
+        relax.transform.LowerAllocTensor(),
+        relax.transform.KillAfterLastUse(),
+        relax.transform.LowerRuntimeBuiltin(),
+        relax.transform.ComputePrimValue(),
+        relax.transform.VMShapeLower(),
+        relax.transform.AttachGlobalSymbol(),
+    ]
+    pipeline = tvm.transform.Sequential(passes)
+    try:
+        with target:
+            return relax.build(module, target=target, relax_pipeline=pipeline)
+    except Exception as error:  # TVM raises many kinds: this is where they become ours
+        what = f"TVM cannot compile the program: {str(error).strip().splitlines()[-1]}"
+        raise TargetError("PORT-0418", what) from error
+
+
+def write_library(executable: tvm.runtime.Executable, path: Path) -> None:
+    """Link the library. Raises EnvironmentFailure PORT-0902 when there is no C++ compiler to link with.
+
+    Object files and the linker's own scratch stand beside the library: if this process is killed they go with the
+    folder that the next conversion removes, and nothing stays in the system's temporary folder.
+    """
+    scratch = path.parent / ".objects"
+    scratch.mkdir()
+    try:
+        with _temporary_files_in(scratch):
+            executable.export_library(str(path), workspace_dir=str(scratch))
+    except (RuntimeError, FileNotFoundError, ValueError, subprocess.CalledProcessError) as error:
+        text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise EnvironmentFailure("PORT-0902", f"the library cannot be linked: {text}",
+                                 hint="install a C++ compiler (g++ or clang++)") from error  # fmt: skip
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Programs started in this block keep their temporary files in `folder`."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before

@@ -1,0 +1,29 @@
+"""The table of importers: operator name -> function(importer, node, *inputs) -> value or tuple of values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from porter.lower.importer import attention, borrowed, elementwise, linear, quantized, shapes
+
+Function = Callable[..., object]
+
+TABLES: dict[str, dict[str, Function]] = {
+    "": {
+        **elementwise.TABLE,
+        **shapes.TABLE,
+        **linear.TABLE,
+        **attention.TABLE,
+        **quantized.TABLE,
+        **borrowed.TABLE,
+    },
+    "porter": quantized.FUNCTIONS,
+}
+
+
+def function_for(node: ir.Node) -> Function | None:
+    """The importer of a node's operator, or None."""
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    return TABLES.get(domain, {}).get(node.op_type)

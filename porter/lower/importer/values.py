@@ -1,0 +1,87 @@
+"""What an ONNX value is while it is being imported: a tensor, known integers, a weight, or codes with scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax, tirx
+
+
+@dataclass(frozen=True)
+class Ints:
+    """Integers known at import, as numbers or expressions of symbolic dimensions: what shape arithmetic works on.
+
+    `values` is a numpy object array of rank 0 or 1 whose entries are int or Expr.
+    """
+
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, values: list[object] | object) -> Ints:
+        """From a list (rank 1) or a single entry (rank 0); integer constants become plain ints."""
+        if isinstance(values, list | tuple):
+            array = np.empty(len(values), object)
+            array[:] = [_plain(v) for v in values]
+            return cls(array)
+        array = np.empty((), object)
+        array[()] = _plain(values)
+        return cls(array)
+
+    def flat(self) -> list[object]:
+        """The entries as a list."""
+        return list(self.values.reshape(-1))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant of the model that no kernel has asked for yet; `transposed` swaps its two axes."""
+
+    value: ir.Value
+    transposed: bool = False
+
+    def numpy(self) -> np.ndarray:
+        """Read it, as it is seen (transposed or not)."""
+        array = self.value.const_value.numpy()
+        return array.T if self.transposed else array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape as it is seen."""
+        shape = tuple(int(d) for d in self.value.const_value.shape)
+        return shape[::-1] if self.transposed else shape
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes and scales that a kernel will decode in registers: the value of a DequantizeLinear not yet computed.
+
+    `axis` is -1 for one scale per tensor; else `block` codes along `axis` share a scale (0: one scale per index of
+    `axis`). `codec` names a porter.lower.kernels codec. `transposed` swaps the two axes of what it stands for.
+    """
+
+    codes: Weight | relax.Expr
+    scales: Weight | relax.Expr
+    codec: str
+    axis: int
+    block: int
+    transposed: bool = False
+
+    def turned(self) -> Quantized:
+        """The transpose of a matrix."""
+        return replace(self, transposed=not self.transposed)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """An ONNX sequence whose length is known."""
+
+    parts: tuple[relax.Expr, ...]
+
+
+Value = Sequence | relax.Expr | Ints | Weight | Quantized
+
+
+def _plain(value: object) -> object:
+    return int(value) if isinstance(value, int | np.integer | tirx.IntImm) else value

@@ -1,0 +1,101 @@
+"""Write a TIR kernel in plain Python: buffers with symbolic dimensions in, a PrimFunc out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import tvm
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+Dim = int | str
+Spec = tuple[str, tuple[Dim, ...], str]
+
+
+def define(name: str, buffers: Sequence[Spec], body: Callable[..., None]) -> tirx.PrimFunc:
+    """A PrimFunc whose parameters are `buffers`, in order.
+
+    Each buffer is (name, shape, dtype); a string in a shape is a dimension known only at run time, and the same
+    string is the same dimension. A dtype of "scalar" makes an int64 argument of the name instead of a buffer.
+    `body` is called with the buffers, then with the symbolic dimensions and scalars by keyword, and emits the
+    statements. They stand in one opaque block, as Relax demands of what `call_tir` calls.
+    """
+    symbols: dict[str, tirx.Var] = {}
+    for _, shape, _ in buffers:
+        for dim in shape:
+            if isinstance(dim, str):
+                symbols.setdefault(dim, tirx.Var(dim, "int64"))
+    with IRBuilder() as builder:
+        with T.prim_func(is_private=False, s_tir=True):
+            T.func_name(name)
+            handles = [
+                T.arg(n, symbols.setdefault(n, tirx.Var(n, "int64")) if dtype == "scalar" else T.handle())
+                for n, _, dtype in buffers
+            ]
+            matched = []
+            for handle, (n, shape, dtype) in zip(handles, buffers, strict=True):
+                if dtype == "scalar":
+                    continue
+                dims = tuple(symbols[d] if isinstance(d, str) else tirx.IntImm("int64", d) for d in shape)
+                matched.append(T.match_buffer(handle, dims, dtype))
+                IRBuilder.name(n, matched[-1])
+            with T.sblock("root"):
+                body(*matched, **symbols)
+        func = builder.get()
+    assert isinstance(func, tirx.PrimFunc)
+    return func.with_attr(
+        {"global_symbol": name, "tirx.noalias": True, "op_pattern": 8}
+    )  # 8: opaque to fusion
+
+
+def local(size: int, dtype: str = "float32") -> tirx.Buffer:
+    """A private array; below 1024 bytes LLVM keeps it in registers (above, TVM takes it from the heap)."""
+    return T.alloc_buffer((size,), dtype)
+
+
+def loop(extent: Expr | int, kind: str = "serial") -> object:
+    """`with loop(n) as i:`, int64; kind is serial, parallel, vectorized or unroll."""
+    extent = tirx.IntImm("int64", extent) if isinstance(extent, int) else extent
+    return {"serial": T.serial, "parallel": T.parallel, "vectorized": T.vectorized, "unroll": T.unroll}[kind](
+        extent
+    )
+
+
+def check(condition: Expr, message: str) -> None:
+    """Stop the program with `message` unless `condition` holds. Not inside a parallel loop."""
+    with T.Assert(condition, message):
+        pass
+
+
+def store(buffer: tirx.Buffer, value: Expr, *indices: Expr | int) -> None:
+    """`buffer[indices] = value`."""
+    T.buffer_store(buffer, value, list(indices))
+
+
+def i64(value: int) -> tirx.IntImm:
+    """An int64 constant: index arithmetic must not mix widths."""
+    return tirx.IntImm("int64", value)
+
+
+def f32(value: float) -> tirx.FloatImm:
+    """A float32 constant."""
+    return tirx.FloatImm("float32", value)
+
+
+__all__ = [
+    "Dim",
+    "Expr",
+    "Spec",
+    "T",
+    "check",
+    "define",
+    "f32",
+    "i64",
+    "local",
+    "loop",
+    "store",
+    "tirx",
+    "tvm",
+]

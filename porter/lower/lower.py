@@ -1,0 +1,61 @@
+"""lower: a model after its passes -> library, packed weights and plan, written into a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from porter.lower import (
+    build,
+    plan,
+    tvm_setup,  # noqa: F401  (before all that imports TVM)
+    weights,
+)
+from porter.lower.importer.program import DTYPES, Importer
+from porter.target import TargetSpec
+
+LIBRARY, WEIGHTS, PLAN = "lib/model.so", "lib/weights.bin", "plan.json"
+
+
+def lower(
+    model: ir.Model,
+    target: TargetSpec,
+    folder: Path,
+    bounds: dict[str, int],
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> plan.Plan:
+    """Compile `model` and write `lib/model.so`, `lib/weights.bin` and `plan.json` into `folder`.
+
+    `bounds` gives the largest value of each symbolic dimension; memory is planned for them. Weights are packed and
+    written one at a time. Raises TargetError PORT-0410 to PORT-0418, EnvironmentFailure PORT-0902.
+    """
+    imported = Importer(model, bounds).run()
+    progress(0.1)
+    target_tvm = build.tvm_target(target)
+    module = build.planned(imported.module, target_tvm)
+    inputs = [v for v in model.graph.inputs if not v.is_initializer()]
+    made = plan.Plan(
+        bounds=bounds,
+        inputs=[_interface(v) for v in inputs],
+        outputs=[_interface(v) for v in model.graph.outputs],
+        in_place=imported.in_place,
+    )
+    plan.extract(module, made, imported.parameters, imported.sources)
+    progress(0.2)
+    (folder / "lib").mkdir(exist_ok=True)
+    build.write_library(build.compiled(module, target_tvm), folder / LIBRARY)
+    progress(0.6)
+    total = sum(p.bytes for p in imported.parameters) or 1
+    weights.write(
+        imported.parameters, folder / WEIGHTS, lambda done: progress(0.6 + 0.4 * min(1.0, done / total))
+    )
+    (folder / PLAN).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
+    return made
+
+
+def _interface(value: ir.Value) -> dict[str, object]:
+    shape = [d if isinstance(d, int) else str(d.value or "?") for d in value.shape or []]
+    return {"name": value.name, "shape": shape, "dtype": DTYPES[value.dtype]}

@@ -1,0 +1,24 @@
+"""The operators and element types that the importer takes, as names; importing this imports no TVM."""
+
+from __future__ import annotations
+
+# One of another domain than ONNX's own is written domain.Name. A test holds this to the importer's table.
+OPERATORS: frozenset[str] = frozenset(
+    """
+    Abs Add And ArgMax ArgMin Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Conv Cos
+    CumSum DequantizeLinear Div Dropout Elu Equal Erf Exp Expand Floor Gather GatherElements GatherND
+    Gelu Gemm Greater GreaterOrEqual HardSigmoid HardSwish Identity IsNaN LayerNormalization LeakyRelu
+    Less LessOrEqual Log LogSoftmax MatMul Max Min Mod Mul Neg Not Or Pad Pow QuantizeLinear
+    RMSNormalization Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu
+    Reshape RotaryEmbedding Round Selu SequenceAt Shape Sigmoid Sign Sin Size Slice Softmax Softplus
+    Split SplitToSequence Sqrt Squeeze Sub Swish Tanh TensorScatter Tile Transpose Trilu Unsqueeze Where
+    Xor porter.PackInt4 porter.UnpackInt4
+    """.split()  # noqa: SIM905
+)
+
+# As onnx_ir.DataType spells them.
+TYPES: frozenset[str] = frozenset(
+    """
+    BOOL INT32 INT64 FLOAT FLOAT16 INT8 UINT8 INT4 FLOAT8E4M3FN FLOAT8E5M2 FLOAT8E4M3FNUZ FLOAT8E5M2FNUZ
+    """.split()  # noqa: SIM905
+)

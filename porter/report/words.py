@@ -1,0 +1,102 @@
+"""The words and number formats that the terminal, HTML and JUnit forms of a report share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from porter.drift.measures import Drift
+from porter.report.report import DriftReport
+
+# Measure: label, what it says.
+MEASURES = {
+    "kl_mean": ("KL, mean", "nats per token, ± 95 % interval; 0 is the same distribution"),
+    "kl_p999": ("KL, 99.9\xa0%", "nats; one token in a thousand is further off"),
+    "top1": ("same top token", "share of positions where both rank the same token first"),
+    "rms_dp": ("Δp, true token", "root mean square change of its probability"),
+    "ppl": ("perplexity", "of the candidate"),
+    "ppl_ratio": ("ppl ratio", "perplexity of the candidate over reference; 1 is no change"),
+    "max_abs": ("max\xa0|Δ|", "of any one output"),
+    "sqnr_db": ("SQNR", "decibels of signal over noise; more is better"),
+    "cosine": ("cosine", "mean over hidden vectors; 1 is the same direction"),
+}
+ROWS = {
+    "total": "the fp32 reference against what runs on the target",
+    "passes": "what the passes did to the graph",
+    "lowering": "what compiling for the target did after them",
+    "export": "what the exporter did before them",
+    "prefill": "positions computed many at a time",
+    "decode": "positions computed one token at a time, through the cache",
+}
+_SHARES = ("top1", "rms_dp")
+
+
+def clean(text: object) -> str:
+    """Text in which everything unprintable (escape codes, line ends, direction marks) is spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
+def value(number: float | None, measure: str = "") -> str:
+    """Four significant digits; shares in per cent; – for what was not measured."""
+    if number is None:
+        return "–"
+    if not math.isfinite(number):
+        return "not a number" if math.isnan(number) else "∞" if number > 0 else "−∞"
+    text = f"{100 * number:.4g} %" if measure in _SHARES else digits(number)
+    return f"{text} dB" if measure == "sqnr_db" else text
+
+
+def digits(number: float) -> str:
+    """Four significant digits, or all before the point where there are up to ten: 0.01234, 47,000."""
+    return f"{number:,.0f}" if 1e4 <= abs(number) < 1e10 else f"{number:.4g}"
+
+
+def measured(drift: Drift, measure: str) -> str:
+    """One measure of a drift as text; the mean KL comes with its interval."""
+    text = value(getattr(drift, measure), measure)
+    if measure != "kl_mean" or drift.kl_mean is None or not math.isfinite(drift.kl_mean):
+        return text
+    return f"{text} ± {value(drift.kl_ci95) if drift.kl_ci95 is not None else '?'}"
+
+
+def shown(drifts: Mapping[str, Drift]) -> list[str]:
+    """The measures that at least one of the drifts has."""
+    return [m for m in MEASURES if any(getattr(d, m) is not None for d in drifts.values())]
+
+
+def amount(number: float, unit: str) -> str:
+    """A value with its unit; bytes in binary multiples, short times in ms or µs."""
+    if not math.isfinite(number):
+        return value(number)
+    if unit == "bytes":
+        steps = ("bytes", "KiB", "MiB", "GiB", "TiB")
+        power = min(int(math.log(number, 1024)) if number >= 1 else 0, len(steps) - 1)
+        return f"{digits(number / 1024**power)} {steps[power]}"
+    if unit == "s" and 0 < number < 1:
+        return f"{number * 1e3:.4g} ms" if number >= 1e-3 else f"{number * 1e6:.4g} µs"
+    return digits(number) if unit in ("", "1") else f"{digits(number)} {clean(unit)}"
+
+
+def verdict(report: DriftReport) -> str:
+    """One sentence; it says "within budget" only where there was a budget and every limit was kept."""
+    if not report.ok:
+        return "Over budget: " + "; ".join(map(str, report.violations))
+    if "total" not in report.drift:
+        return "Drift was not measured"
+    if not report.budget:
+        return "No budget was given; the outputs are numbers, and no more was asked"
+    return "Within budget: " + ", ".join(f"{m} {value(getattr(report.total, m))}" for m in report.budget)
+
+
+def evidence(report: DriftReport) -> str:
+    """What the drift was measured on, and what that is worth."""
+    f = report.feeds
+    kind = {
+        "text": "text",
+        "tokens": "given token ids",
+        "self-generated": "text that the reference wrote itself",
+        "random": "random tokens, which say little about real use",
+    }.get(str(f.get("kind")), clean(f.get("kind", "unknown feeds")))
+    counts = f"{f.get('sequences', '?')} sequences, {f.get('tokens', '?')} scored tokens"
+    short = f"; {f['short']} of them too short for all decode steps" if f.get("short") else ""
+    return f"{kind} ({clean(f.get('source', ''))}): {clean(counts)}{clean(short)}"

@@ -1,0 +1,6 @@
+"""The fake decoder, found by its path: tests are no package."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

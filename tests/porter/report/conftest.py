@@ -1,0 +1,80 @@
+"""Reports that several tests look at."""
+
+import math
+
+import pytest
+
+from porter.drift.measures import Drift
+from porter.report.report import DriftReport, Figure, Stage
+
+
+def drift(kl=0.0123, **other):
+    values = {
+        "kl_mean": kl,
+        "kl_ci95": 0.0011,
+        "kl_p999": 0.4,
+        "top1": 0.9753,
+        "rms_dp": 0.021,
+        "ppl": 4.391,
+        "ppl_ratio": 1.0111,
+        "max_abs": 1.25,
+        "sqnr_db": 27.5,
+        "tokens": 2064,
+    }
+    return Drift(**(values | other))
+
+
+def report(**changes):
+    total = drift()
+    context = [
+        {**drift(kl).to_json(), "tokens": n, "positions": 516}
+        for n, kl in ((64, 0.009), (128, 0.012), (256, 0.0141), (512, 0.0187))
+    ]
+    fields = {
+        "model": {"name": "stories260k", "sha256": "ab" * 32, "parameters": 260032},
+        "target": "maia-200",
+        "pipeline": "clean.opset,quantize.rtn{format=int4-g32},kv.static_cache{capacity=512}",
+        "feeds": {"kind": "self-generated", "source": "sampled from the reference at temperature 0.8"}
+        | {"sequences": 8, "tokens": 2064, "seed": 0, "decode_steps": [64, 64], "short": 0},
+        "drift": {"total": total, "passes": drift(0.0121), "lowering": drift(0.0002, sqnr_db=math.inf)},
+        "kinds": {"total": "simulated", "lowering": "simulated"},
+        "phases": {"prefill": drift(0.011), "decode": drift(0.0163)},
+        "stages": [
+            Stage("clean.opset", "exact", 1, 0.0021),
+            Stage("quantize.rtn{format=int4-g32}", "lossy", 36, 0.19, drift(0.0121)),
+        ],
+        "context": context,
+        "nodes": [
+            {
+                "name": "layers.3.mlp.down_proj",
+                "op": "MatMul",
+                "pass": "quantize.rtn",
+                "kernel": "matmul_int4",
+            }
+            | {"sqnr_local_db": 21.2, "sqnr_db": 19.9},
+            {"name": "lm_head", "op": "MatMul", "sqnr_local_db": None, "sqnr_db": 41.0},
+        ],
+        "placement": {"matmul": "matrix unit"},
+        "memory": {
+            "weights": Figure(183_000, "bytes", "measured"),
+            "workspace": Figure(2.5e6, "bytes", "estimated"),
+        },
+        "seconds": {"convert": Figure(3.2, "s", "measured"), "decode step": Figure(2.1e-5, "s", "simulated")},
+        "estimate": {"kind": "estimated", "tokens_per_s": 47000.0, "bound_by": "memory"},
+        "budget": {"kl_mean": 0.02, "top1": 0.97},
+        "repeat": "porter convert stories260k.onnx --target maia-200 --weights int4 --budget kl=0.02 -o out",
+        "versions": {"porter": "0.1.0"},
+    }
+    return DriftReport(**(fields | changes))
+
+
+@pytest.fixture
+def make_report():
+    """A full report, with changes."""
+    return report
+
+
+@pytest.fixture
+def make_drift():
+    """A plain drift, with changes."""
+    return drift

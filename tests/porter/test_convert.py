@@ -1,0 +1,191 @@
+"""The straight path on a trained model: what it writes, that it repeats, what it refuses, what killing it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+from porter.bundle import Bundle
+from porter.convert import Options, convert
+from porter.diff import diff
+from porter.drift.measure import Runnable
+from porter.errors import DriftError, OptionError, PorterError, SpecError
+from porter.generate import stream
+from porter.run.decode import generate
+
+ROOT = Path(__file__).parent.parent.parent
+SCHEMA = json.loads((ROOT / "docs" / "schemas" / "report.schema.json").read_text())
+
+# Both sides sum float32 products in other orders. The longest sum has 172 terms and 5 layers follow each other; logits
+# reach 20, so one rounding of the largest is 1e-6 and 100 of them are 1e-4. Measured: 2.7e-5.
+LOGITS = 1e-4
+
+
+@pytest.fixture(scope="session")
+def bundle(stories_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "stories"
+    convert(stories_onnx, out, Options())
+    return out
+
+
+@pytest.fixture(scope="session")
+def small(stories_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """int4 weights and an int8 cache."""
+    out = tmp_path_factory.mktemp("bundle") / "small"
+    convert(stories_onnx, out, Options(weights="int4", kv="int8", context=128))
+    return out
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+
+
+def test_the_bundle_is_whole(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    assert opened.verify() == len(opened.manifest["files"])
+    assert set(listing(bundle)) == {
+        *opened.manifest["files"], "manifest.json", "report.json", "report.html", "report.junit.xml",
+    }  # fmt: skip
+    assert {"model.onnx", "plan.json", "lib/model.so", "lib/weights.bin"} <= set(opened.manifest["files"])
+    assert opened.decoder.cache == "static"
+    assert [f.name for f in bundle.parent.iterdir()] == [bundle.name]
+
+
+def test_the_report_says_what_was_measured(bundle: Path) -> None:
+    report = json.loads((bundle / "report.json").read_text())
+    jsonschema.validate(report, SCHEMA)
+    assert report["ok"]
+    assert set(report["drift"]) == {"total", "passes", "lowering"}
+    # KL is quadratic in the logit error: (1e-4)² / 2, and every phase is there.
+    assert all(d["kl_mean"] < 1e-8 and d["top1"] == 1.0 for d in report["drift"].values())
+    assert all(d["kind"] == "measured" for d in report["drift"].values())
+    assert report["phases"]["decode"]["tokens"] >= 64
+    assert min(report["feeds"]["decode_steps"]) >= 64
+    assert report["feeds"]["kind"] == "self-generated"
+    assert [s["name"].split("{")[0] for s in report["stages"]][-1] == "check.support"
+    page = (bundle / "report.html").read_text()
+    assert "://" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+
+
+def test_quantized_drift_is_reported_and_lowering_adds_nothing(small: Path) -> None:
+    report = json.loads((small / "report.json").read_text())
+    total, passes, lowering = (report["drift"][n]["kl_mean"] for n in ("total", "passes", "lowering"))
+    # The int4 weights cost; the lowered program computes the same rounded model, but a key that lies on the edge
+    # between two int8 codes can fall either way, which is worth far less than the rounding itself.
+    assert 0.01 < passes < 1.0
+    assert lowering < 0.01 * passes
+    assert total == pytest.approx(passes, rel=0.05)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("past", [0, 1, 7, 511])
+def test_logits_equal_the_source(bundle: Path, stories_onnx: Path, batch: int, past: int) -> None:
+    reference, port = Runnable.of(stories_onnx), Runnable.of(bundle)
+    a, b = reference.session(batch), port.session(batch)
+    tokens = np.random.default_rng(past).integers(3, 512, (batch, 512), dtype=np.int64)
+    for piece in (tokens[:, :past], tokens[:, past : past + 5]):
+        if piece.size:
+            np.testing.assert_allclose(b.step(piece), a.step(piece), rtol=0, atol=LOGITS)
+
+
+def test_200_greedy_tokens_are_identical(bundle: Path, stories_onnx: Path) -> None:
+    runs = [list(generate(Runnable.of(m).session(1), [1], 200, eos=())) for m in (bundle, stories_onnx)]
+    assert len(runs[0]) == 200
+    assert runs[0] == runs[1]
+
+
+def test_text_streams(bundle: Path) -> None:
+    pieces: list[str] = []
+    made = stream(Runnable.of(bundle), "Once upon a time", None, 20, {"temperature": 0}, pieces.append)
+    # llama2.c's own test has this text for greedy decoding.
+    assert "".join(pieces).startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play"
+    )
+    assert len(made.tokens) == 20
+    full = stream(Runnable.of(bundle), "", [1] * 510, 64, {"temperature": 0}, None)
+    assert len(full.tokens) == 3  # 512 places: two more are fed, and the third new token needs none
+
+
+def test_conversion_repeats_to_the_byte(bundle: Path, stories_onnx: Path, tmp_path: Path) -> None:
+    """In another process with another hash seed and another place."""
+    out = tmp_path / "again"
+    code = f"from pathlib import Path; from porter.convert import *; convert(Path({str(stories_onnx)!r}), Path({str(out)!r}), Options())"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, cwd=tmp_path
+    )
+    for name in ("manifest.json", "model.onnx", "plan.json", "lib/model.so", "lib/weights.bin"):
+        assert (out / name).read_bytes() == (bundle / name).read_bytes(), name
+
+
+def test_diff_of_bundle_and_source(bundle: Path, stories_onnx: Path) -> None:
+    report = diff(stories_onnx, bundle, budget="kl=1e-8,top1=1")
+    assert report.ok
+    same = diff(bundle, bundle)
+    assert same.total.kl_mean == 0.0
+    assert same.total.max_abs == 0.0
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_over_budget(stories_onnx: Path, tmp_path: Path, keep: bool) -> None:
+    out = tmp_path / "b"
+    options = Options(weights="int4", budget="kl=1e-6", keep=keep)
+    if keep:
+        assert not convert(stories_onnx, out, options).ok
+        assert json.loads((out / "report.json").read_text())["ok"] is False
+        return
+    with pytest.raises(DriftError) as caught:
+        convert(stories_onnx, out, options)
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (Options(target="nochip"), SpecError),
+        (Options(weights="int3"), OptionError),
+        (Options(kv="kivi2"), OptionError),
+        (Options(budget="speed=1"), OptionError),
+        (Options(data="no-such-file.txt"), OptionError),
+    ],
+)
+def test_wrong_options(stories_onnx: Path, tmp_path: Path, options: Options, kind: type[PorterError]) -> None:
+    with pytest.raises(kind):
+        convert(stories_onnx, tmp_path / "b", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["passes", "lower", "measure"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_killed_at_any_stage(stories_onnx: Path, tmp_path: Path, stage: str, how: int) -> None:
+    """No bundle afterwards, and no temporary file after the next run (here: one that is refused early)."""
+    scratch, place = tmp_path / "tmp", tmp_path / "place"
+    scratch.mkdir()
+    place.mkdir()
+    command = [sys.executable, "-m", "porter", "convert", str(stories_onnx), "-o", str(place / "b")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               env={**os.environ, "TMPDIR": str(scratch)})  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if stage in line:
+            break
+    process.send_signal(how)
+    rest = process.stderr.read()
+    process.wait()
+    assert not (place / "b").exists()
+    if how != signal.SIGKILL:
+        assert process.returncode == 128 + how
+        assert "interrupted" in rest
+        assert list(place.iterdir()) == []
+    with pytest.raises(OptionError):
+        convert(stories_onnx, place / "b", Options(data="no-such-file.txt"))
+    assert list(place.iterdir()) == []
+    assert list(scratch.iterdir()) == []
