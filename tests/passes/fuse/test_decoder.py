@@ -21,7 +21,7 @@ PADDED = ["llama_eager_18_mask", "llama_sdpa_23_mask"]
 MASK_BUILDERS = {"LessOrEqual", "Less", "Greater", "GreaterOrEqual", "Where", "Trilu", "And", "GatherND"}
 
 # A reordered sum of at most 48 terms moves a result by at most 48 * 2^-24 of its size. There are five sums in
-# each of two layers (qkv, scores, output, gate and up, down), and the logits: 600 * 2^-24 of the peak, 16, at most.
+# each of two layers (qkv, scores, output, gate and up, down), and the logits: 600 * 2^-24 of the peak, 16.
 BOUND = 600 * 2**-24 * 16
 
 
