@@ -108,12 +108,14 @@ def pipeline_text(spec: TargetSpec, options: Options) -> str:
         return options.pipeline
     slots = {"weights": "", "kv": ""}
     for slot, asked, offered in (("weights", options.weights, spec.weights), ("kv", options.kv, spec.kv)):
-        name = asked if asked in offered else spec.flavour(asked) if asked else "fp32"
+        name = (spec.flavour(asked) if slot == "weights" else asked) or "fp32"
         if name not in offered:
             what = f"{spec.name} has no {slot} format {asked!r}"
             raise OptionError("PORT-0830", what, where=f"--{slot}", hint=f"it has: {', '.join(offered)}")
         if name != "fp32":
-            slots[slot] = f"quantize.weights{{format={name}}}" if slot == "weights" else f"kv.quantize{{scheme={name}}}"
+            slots[slot] = (
+                f"quantize.weights{{format={name}}}" if slot == "weights" else f"kv.quantize{{scheme={name}}}"
+            )
     limit = f"{{capacity={options.context}}}" if options.context else ""
     text = spec.pipeline.replace("kv.static_cache", f"kv.static_cache{limit}")
     for slot, filled in slots.items():
@@ -197,4 +199,3 @@ def _facts(source: Path, spec: TargetSpec, pipeline: Pipeline, options: Options)
 def _versions() -> dict[str, str]:
     packages = ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript")
     return {"porter": __version__, **{p: importlib.metadata.version(p) for p in packages}}
-

@@ -51,15 +51,16 @@ def describe() -> list[dict[str, str]]:
     for name in names:
         found = find(name)
         doc = (inspect.getmodule(found) or found).__doc__ if inspect.isclass(found) else ""
-        rows.append({"name": name, "promise": found.promise.value, "what": (doc or "").strip().split("\n")[0]})
+        rows.append(
+            {"name": name, "promise": found.promise.value, "what": (doc or "").strip().split("\n")[0]}
+        )
     return rows
 
 
 def _from_file(path: Path) -> type[Pass]:
     if not path.is_file():
         raise PassError("PORT-0201", "there is no such pass file", where=str(path))
-    module = _load(path)
-    cls = _only_pass(module, str(path))
+    cls = _only_pass(_load(path), str(path))
     cls.name = str(path)  # so that the pipeline text reads back
     return cls
 
@@ -72,7 +73,9 @@ def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    module = sys.modules[name] = importlib.util.module_from_spec(
+        spec
+    )  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:

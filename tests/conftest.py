@@ -11,6 +11,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+import porter  # noqa: F401  (before ONNX Runtime, whose telemetry it forbids)
+
 ROOT = Path(__file__).parent.parent
 GRAPHS = Path(__file__).parent / "graphs"
 Feeds = dict[str, np.ndarray]
@@ -79,8 +81,9 @@ def run_onnx() -> Callable[..., Feeds]:
 def make_feeds() -> Callable[..., Feeds]:
     """make_feeds(model, seed, batch=…, …): seeded noise for each input, its named dimensions as given.
 
-    Integers are tokens or positions of 0 to 2; an `attention_mask` hides the first token of every row but the first
-    when there is a past (padding on the left), and the last one of such rows otherwise; never the only one.
+    Integers are tokens or positions of 0 to 2; an `attention_mask` hides the first token of every row but the
+    first when there is a past (padding on the left), and the last one of such rows otherwise; never the only
+    one.
     """
 
     def make(model: ir.Model, seed: int, **sizes: int) -> Feeds:
@@ -108,8 +111,8 @@ def make_feeds() -> Callable[..., Feeds]:
 def decoder() -> Callable[[str], ir.Model]:
     """decoder(name): an exported decoder of tests/graphs with seeded random weights.
 
-    Two layers, hidden 32, four heads of 8 on two key heads, vocabulary 64. The texts are torch.onnx exports without
-    their weights, which stand as inputs there.
+    Two layers, hidden 32, four heads of 8 on two key heads, vocabulary 64. The texts are torch.onnx exports
+    without their weights, which stand as inputs there.
     """
 
     def build(name: str) -> ir.Model:

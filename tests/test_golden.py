@@ -1,4 +1,4 @@
-"""Golden files: pipeline, model before, model after, parted by lines of three dashes; --update-golden rewrites them."""
+"""Golden files: pipeline, model before, model after, between dashes; --update-golden rewrites them."""
 
 from __future__ import annotations
 

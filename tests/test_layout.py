@@ -60,7 +60,9 @@ def test_the_package_list_is_the_tree() -> None:
     }
     assert set(project["packages"]) == found
     assert len(project["packages"]) == len(found)
-    for folder in (f for top in PACKAGES.values() for f in (top, *top.rglob("*/")) if f.name != "__pycache__"):
+    for folder in (
+        f for top in PACKAGES.values() for f in (top, *top.rglob("*/")) if f.name != "__pycache__"
+    ):
         assert (folder / "__init__.py").is_file(), f"{_name(folder)} would not import once installed"
 
 
@@ -139,7 +141,17 @@ def _public(scope: ast.Module | ast.ClassDef) -> Iterator[ast.ClassDef | ast.Fun
 
 def test_no_file_knows_the_machine_it_was_written_on() -> None:
     private = re.compile(r"(?<![\w.~-])/(?:home|root|Users|work|tmp/wt|opt|mnt)/\w")
-    skipped = {".venv", ".git", "build", "dist", ".hypothesis", "__pycache__", ".demo", ".pytest_cache", ".ruff_cache"}
+    skipped = {
+        ".venv",
+        ".git",
+        "build",
+        "dist",
+        ".hypothesis",
+        "__pycache__",
+        ".demo",
+        ".pytest_cache",
+        ".ruff_cache",
+    }
     found, read = [], 0
     for file in ROOT.rglob("*"):
         if skipped & set(file.relative_to(ROOT).parts) or not file.is_file() or file.suffix not in TEXT:
@@ -162,7 +174,11 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
     assert "porter.cli" in loaded
-    assert loaded & {"numpy", "onnx", "onnx_ir", "onnxruntime", "tvm", "torch", "pydantic", "rich", "jinja2", "sympy"} == set()
+    assert (
+        loaded
+        & {"numpy", "onnx", "onnx_ir", "onnxruntime", "tvm", "torch", "pydantic", "rich", "jinja2", "sympy"}
+        == set()
+    )
 
 
 def test_help_answers_at_once() -> None:

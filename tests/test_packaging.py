@@ -16,7 +16,9 @@ from decoders import tiny_decoder
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"porter": "porter", "passes": "porter/passes", "targets": "porter/targets"}
-MADE = shutil.ignore_patterns(".git", ".venv", ".demo", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+MADE = shutil.ignore_patterns(
+    ".git", ".venv", ".demo", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+)
 
 
 def _run(*command: str | Path, cwd: Path) -> str:
@@ -108,7 +110,8 @@ def test_the_wheel_works_elsewhere(installed: Path, model: Path, tmp_path: Path)
     porter = installed / "porter"
     passes = {row["name"] for row in json.loads(_run(porter, "passes", "--json", cwd=tmp_path))}
     assert passes == {
-        ".".join(f.relative_to(ROOT / "passes").with_suffix("").parts) for f in (ROOT / "passes").rglob("[!_]*.py")
+        ".".join(f.relative_to(ROOT / "passes").with_suffix("").parts)
+        for f in (ROOT / "passes").rglob("[!_]*.py")
     }
     targets = {row["name"] for row in json.loads(_run(porter, "targets", "--json", cwd=tmp_path))}
     assert targets == {f.stem for f in (ROOT / "targets").glob("*.toml")}

@@ -27,6 +27,7 @@ from porter.match import (
     graphs,
     producer,
     shared_initializer,
+    take_over,
     tidy,
     words,
 )
@@ -41,7 +42,7 @@ class InferShapes(Pass):
     """Infer shapes with named dimensions; simplify shape arithmetic."""
 
     promise: ClassVar[Promise] = Promise.EXACT
-    after: ClassVar[tuple[str, ...]] = ("clean.opset", "clean.constants")
+    after: ClassVar[tuple[str, ...]] = ("clean.opset", "clean.interface", "clean.constants")
 
     def run(self, model: ir.Model, context: Context) -> int:
         """Values whose shape or type was not written down, plus nodes simplified."""
@@ -169,15 +170,13 @@ def _gather_in_order(graph: ir.Graph, facts: Facts, node: ir.Node) -> bool:
     listed = shared_initializer(graph, "axes_" + "x".join(map(str, added)), np.array(added, np.int64))
     last = ir.node("Unsqueeze", [data, listed]) if added else ir.node("Identity", [data])
     graph.insert_before(node, last)
-    new, old = last.outputs[0], node.outputs[0]
-    new.name, old.name, new.type, new.shape = old.name, None, old.type, old.shape
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    take_over(node.outputs[0], last.outputs[0])
     graph.remove(node, safe=True)
     return True
 
 
 def _length(graph: ir.Graph, facts: Facts, at: ir.Node, wanted: Dim, value: ir.Value, axis: int) -> ir.Node:
-    """A node that gives `wanted` as a vector: from a number that is computed before `at`, or from the value's axis."""
+    """A node that gives `wanted` as a vector: from a number known before `at`, or from the value's axis."""
     minus_one = shared_initializer(graph, "shape_m1", np.array([-1], np.int64))
     for node in graph:
         if node is at:

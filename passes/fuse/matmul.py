@@ -28,6 +28,7 @@ from porter.match import (
     graphs,
     producer,
     shared_initializer,
+    take_over,
     tidy,
     users,
 )
@@ -166,10 +167,7 @@ def _join(main: ir.Graph, group: Sequence[Linear]) -> None:
     split = ir.node("Split", [nodes[-1].outputs[0], lengths], {"axis": -1}, num_outputs=len(group))
     graph.insert_before(first, [*nodes, split])  # type: ignore[union-attr]
     for g, new in zip(group, split.outputs, strict=True):
-        old = g.result
-        new.name, old.name = old.name, None
-        new.shape, new.type = old.shape, old.type
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        take_over(g.result, new)
 
 
 def _named(graph: ir.Graph, node: ir.Node, name: str) -> ir.Node:

@@ -123,7 +123,8 @@ def rows(facts: Facts, table: ir.Value, x: ir.Value, heads: int, *, doubled: boo
     if shape is None or wanted is None or not 2 <= len(shape) <= 4:
         raise Mismatch("the shape of the cosines is unknown", table)
     full = (*((1,) * (4 - len(shape))), *shape)
-    if full[heads] != 1 or full[0] is None or not same(full[3 - heads], wanted[3 - heads]):
+    one_each = full[0] == 1 or same(full[0], wanted[0])
+    if full[heads] != 1 or not one_each or not same(full[3 - heads], wanted[3 - heads]):
         raise Mismatch("the cosines do not go by batch and position", table)
     inner = _without_heads(facts, table, heads)
     of = half(facts, inner or table) if doubled else (lambda op: inner or table)

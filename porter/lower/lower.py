@@ -8,8 +8,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from porter.lower import tvm_setup  # noqa: F401, I001  (before all that imports TVM)
-from porter.lower import build, plan, weights
+from porter.lower import (
+    build,
+    plan,
+    tvm_setup,  # noqa: F401  (before all that imports TVM)
+    weights,
+)
 from porter.lower.importer.program import DTYPES, Importer
 from porter.target import TargetSpec
 
@@ -45,7 +49,9 @@ def lower(
     build.write_library(build.compiled(module, target_tvm), folder / LIBRARY)
     progress(0.6)
     total = sum(p.bytes for p in imported.parameters) or 1
-    weights.write(imported.parameters, folder / WEIGHTS, lambda done: progress(0.6 + 0.4 * min(1.0, done / total)))
+    weights.write(
+        imported.parameters, folder / WEIGHTS, lambda done: progress(0.6 + 0.4 * min(1.0, done / total))
+    )
     (folder / PLAN).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
     return made
 

@@ -159,4 +159,3 @@ class _Walker:
                 for at in range(buffer.first, buffer.last + 1):
                     alive[at] += buffer.bytes
         self.plan.lower_bound_bytes = max(alive, default=0)
-

@@ -36,7 +36,9 @@ class Weights:
         self.variables: list[relax.Var] = []
         self._by_key: dict[Hashable, relax.Var] = {}
 
-    def parameter(self, key: Hashable, shape: tuple[int, ...], dtype: str, make: Callable[[], np.ndarray]) -> relax.Var:
+    def parameter(
+        self, key: Hashable, shape: tuple[int, ...], dtype: str, make: Callable[[], np.ndarray]
+    ) -> relax.Var:
         """The program's variable for `key`; `make` is called once, when the file is written."""
         if key not in self._by_key:
             name = f"w{len(self.parameters)}"
@@ -55,7 +57,9 @@ def offsets(parameters: list[Parameter]) -> list[int]:
     return starts
 
 
-def write(parameters: list[Parameter], path: Path, progress: Callable[[int], None] = lambda done: None) -> None:
+def write(
+    parameters: list[Parameter], path: Path, progress: Callable[[int], None] = lambda done: None
+) -> None:
     """Pack and write every parameter; one is in memory at a time. `progress` gets the bytes written so far."""
     with path.open("wb") as file:
         for parameter in parameters:

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-
-from porter.lower import tvm_setup  # noqa: F401, I001  (before TVM)
 import tvm
 from tvm import relax
 
 from porter.context import Feeds
 from porter.errors import BundleError, OptionError
+from porter.lower import tvm_setup  # noqa: F401  (before TVM)
 from porter.run.protocol import TensorSpec
 
 
@@ -30,9 +29,13 @@ class HostRunner:
         self.in_place: dict[str, str] = plan["in_place"]
         self.bounds: dict[str, int] = plan["bounds"]
         try:
-            self._machine = relax.VirtualMachine(tvm.runtime.load_module(str(folder / "lib" / "model.so")), tvm.cpu())
+            self._machine = relax.VirtualMachine(
+                tvm.runtime.load_module(str(folder / "lib" / "model.so")), tvm.cpu()
+            )
         except Exception as error:  # TVM and the loader raise many kinds
-            raise BundleError("PORT-0501", f"the library cannot be loaded: {error}", where=str(folder)) from error
+            raise BundleError(
+                "PORT-0501", f"the library cannot be loaded: {error}", where=str(folder)
+            ) from error
         self._main = self._machine["main"]
         self._weights = _map_weights(folder / "lib" / "weights.bin", plan["weights"])
 
@@ -55,7 +58,9 @@ class HostRunner:
                 raise OptionError("PORT-0502", "an input is missing", where=name)
             array = feeds[name]
             if array.dtype != spec.dtype or array.ndim != len(spec.shape):
-                what = f"wanted {spec.dtype} of rank {len(spec.shape)}, got {array.dtype} of rank {array.ndim}"
+                what = (
+                    f"wanted {spec.dtype} of rank {len(spec.shape)}, got {array.dtype} of rank {array.ndim}"
+                )
                 raise OptionError("PORT-0502", what, where=name)
             for wanted, got in zip(spec.shape, array.shape, strict=True):
                 self._check_size(name, wanted, got, sizes)

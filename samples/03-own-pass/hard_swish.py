@@ -18,15 +18,15 @@ from porter.symbols import Facts
 class Harden(RewriteRuleClassBase):
     """One Swish becomes four nodes that only multiply, add and clip."""
 
-    def pattern(self, op, x):  # noqa: ANN001, ANN201
+    def pattern(self, op, x):
         return op.Swish(x, _allow_other_attributes=True, _outputs=["swish"])
 
-    def check(self, context, swish: ir.Value, **rest: ir.Value) -> MatchResult:  # noqa: ANN001
+    def check(self, context, swish: ir.Value, **rest: ir.Value) -> MatchResult:
         if attribute(swish.producer(), "alpha", 1.0) != 1.0:
             return MatchResult().fail("the sigmoid is scaled", swish.producer())
         return MatchResult()
 
-    def rewrite(self, op, x: ir.Value, **rest: ir.Value):  # noqa: ANN001, ANN201
+    def rewrite(self, op, x: ir.Value, **rest: ir.Value):
         sixth, half, zero, one = (op.Constant(value_float=v) for v in (1 / 6, 0.5, 0.0, 1.0))
         return op.Mul(x, op.Clip(op.Add(op.Mul(x, sixth), half), zero, one))
 

@@ -1,4 +1,4 @@
-"""What every built-in pass owes: a text form, a docstring, honest edits, and the promise about its numbers."""
+"""What every built-in pass owes: a text form, a docstring, honest edits, and its promise about numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ NAMES = builtin()
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(GOLDEN.rglob("*.onnxtxt"))
 SIZES = {"batch": 3, "sequence": 5, "past": 4, "total": 9, "keys": 9}
-SUBJECTS = [n for n in NAMES if (GOLDEN / n.replace(".", "/")).is_dir()]
+SUBJECTS = [n for n in NAMES if (GOLDEN / n.replace(".", "/")).is_dir() and not n.startswith("check.")]
+# What keeps the interface and is not lossy; the others have their numbers held in tests/passes.
+COMPARABLE = [p for p in CASES if p.relative_to(GOLDEN).parts[0] in ("clean", "fuse")]
 
 
 def source(name: str) -> str:
@@ -51,7 +53,9 @@ def test_every_option_has_a_default_and_reads_back_when_changed(name: str) -> No
     cls = find(name)
     for option in dataclasses.fields(cls):
         assert option.default is not dataclasses.MISSING, option.name
-        other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 2 + 1}.get(type(option.default))
+        other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 2 + 1}.get(
+            type(option.default)
+        )
         if other is not None:
             step = cls(**{option.name: other(option.default)})
             assert Pipeline.parse(str(step)).passes == (step,)
@@ -126,7 +130,7 @@ def _edits_of_last(pipeline: Pipeline, model: ir.Model) -> int:
 
 
 @pytest.mark.parametrize("past", [0, 4])
-@pytest.mark.parametrize("path", CASES, ids=lambda p: str(p.relative_to(GOLDEN)))
+@pytest.mark.parametrize("path", COMPARABLE, ids=lambda p: str(p.relative_to(GOLDEN)))
 def test_promise(path: Path, past: int, run_onnx: Callable, make_feeds: Callable, worst: Callable) -> None:
     sizes = SIZES | {"past": past, "total": past + 5, "keys": past + 5}
     if path.stem == "one_row_of_the_operator":  # ONNX Runtime runs the model before for a batch of one only
@@ -151,7 +155,8 @@ def peak_of(model: ir.Model, feeds: dict[str, np.ndarray], run_onnx: Callable) -
         v
         for node in model.graph
         for v in node.outputs
-        if not v.is_graph_output() and node.op_type in ("Add", "Div", "MatMul", "Mul", "Pow", "Reciprocal", "Softmax")
+        if not v.is_graph_output()
+        and node.op_type in ("Add", "Div", "MatMul", "Mul", "Pow", "Reciprocal", "Softmax")
     ]
     model.graph.outputs.extend(floats)
     proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
@@ -163,17 +168,19 @@ def peak_of(model: ir.Model, feeds: dict[str, np.ndarray], run_onnx: Callable) -
 def bound(model: ir.Model, peak: float, wanted: dict[str, np.ndarray]) -> float:
     """How far a reordered float sum may move.
 
-    A sum of n terms of magnitude at most m moves by at most n * u * (n * m) for the unit roundoff u when it is
-    associated in another way (Higham, 4.2, to first order). n is at most 16 here: eight channels and up to nine keys,
-    four channels elsewhere. A fused operator replaces three sums (scores, softmax, output), whose factors are at most
-    the peak; 8 more roundings are left for the elementwise part.
+    A sum of n terms of magnitude at most m moves by at most n * u * (n * m) for the unit roundoff u when it
+    is associated in another way (Higham, 4.2, to first order). n is at most 16 here: eight channels and up to
+    nine keys, four channels elsewhere. A fused operator replaces three sums (scores, softmax, output), whose
+    factors are at most the peak; 8 more roundings are left for the elementwise part.
     """
     half = any(v.dtype == np.float16 for v in wanted.values())
     unit, n = (2.0**-11, 4) if half else (2.0**-24, 16)
     return 3 * (n + 8) * unit * peak
 
 
-def test_the_bound_would_catch_a_wrong_epsilon(run_onnx: Callable, make_feeds: Callable, worst: Callable) -> None:
+def test_the_bound_would_catch_a_wrong_epsilon(
+    run_onnx: Callable, make_feeds: Callable, worst: Callable
+) -> None:
     """The bound is no formality: a norm whose epsilon went from 1e-5 to 1e-2 is far outside."""
     path = GOLDEN / "fuse" / "rms_norm" / "reciprocal.onnxtxt"
     model = before(path)
@@ -182,4 +189,6 @@ def test_the_bound_would_catch_a_wrong_epsilon(run_onnx: Callable, make_feeds: C
     find("fuse.rms_norm")().run(model, Context())
     node = next(iter(model.graph))
     node.attributes.add(ir.AttrFloat32("epsilon", 1e-2))
-    assert worst(wanted, run_onnx(model, feeds)) > 10 * bound(model, peak_of(before(path), feeds, run_onnx), wanted)
+    assert worst(wanted, run_onnx(model, feeds)) > 10 * bound(
+        model, peak_of(before(path), feeds, run_onnx), wanted
+    )

@@ -1,6 +1,7 @@
 """The command line: exit codes, one JSON document, errors in one line, nothing left behind."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -123,7 +124,10 @@ def test_convert_then_everything_that_reads_a_bundle(porter_: Porter, model: Pat
     assert report == json.loads((out / "report.json").read_text())
     code, text, err = porter_("verify", out, "--json")
     assert (code, err) == (0, "")
-    assert json.loads(text) == {"ok": True, "files": len(json.loads((out / "manifest.json").read_text())["files"])}
+    assert json.loads(text) == {
+        "ok": True,
+        "files": len(json.loads((out / "manifest.json").read_text())["files"]),
+    }
     code, text, err = porter_("inspect", out, "--json")
     assert (code, err) == (0, "")
     assert json.loads(text)["target"] == "host"
@@ -224,7 +228,18 @@ def test_over_budget_shows_the_report_exits_with_three_and_leaves_nothing(
     porter_: Porter, model: Path, tmp_path: Path, json_: bool
 ) -> None:
     # 400 dB cannot be reached in float32, whose own rounding lies near 150 dB; only equal bits would.
-    arguments = ["convert", model, "-o", tmp_path / "b", "--pipeline", PASSES, "--data", "random", "--budget", "sqnr-db=400"]
+    arguments = [
+        "convert",
+        model,
+        "-o",
+        tmp_path / "b",
+        "--pipeline",
+        PASSES,
+        "--data",
+        "random",
+        "--budget",
+        "sqnr-db=400",
+    ]
     code, out, err = porter_(*arguments, *(["--json"] if json_ else []))
     assert code == 3
     assert "porter: PORT-0605: " in err
@@ -232,7 +247,9 @@ def test_over_budget_shows_the_report_exits_with_three_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_keep_writes_the_bundle_and_still_exits_with_three(porter_: Porter, model: Path, tmp_path: Path) -> None:
+def test_keep_writes_the_bundle_and_still_exits_with_three(
+    porter_: Porter, model: Path, tmp_path: Path
+) -> None:
     arguments = ("--pipeline", PASSES, "--data", "random", "--budget", "sqnr-db=400", "--keep")
     code, _, _ = porter_("convert", model, "-o", tmp_path / "b", *arguments)
     assert code == 3
@@ -255,7 +272,14 @@ def test_what_does_not_fit_the_target_exits_with_four(porter_: Porter, tmp_path:
     table = ir.tensor(np.full((8, 4), 0.5, np.float32), name="table")
     ir.save(ir.from_onnx_text(text, initializers=[table]), tmp_path / "odd.onnx")
     code, out, err = porter_(
-        "convert", tmp_path / "odd.onnx", "-o", tmp_path / "b", "--pipeline", "clean.opset", "--data", "random"
+        "convert",
+        tmp_path / "odd.onnx",
+        "-o",
+        tmp_path / "b",
+        "--pipeline",
+        "clean.opset",
+        "--data",
+        "random",
     )
     assert code == 4, err
     assert out == ""
@@ -271,7 +295,9 @@ def _fail(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr("porter.bundle.Bundle.open", fail)
 
 
-def test_a_bug_exits_with_seventy_and_says_so_in_one_line(porter_: Porter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_exits_with_seventy_and_says_so_in_one_line(
+    porter_: Porter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _fail(monkeypatch, ZeroDivisionError("one\ntwo"))
     code, out, err = porter_("verify", "x")
     assert (code, out) == (70, "")
@@ -303,7 +329,7 @@ def test_an_interrupt_leaves_nothing_and_exits_with_130(
 ) -> None:
     def interrupt(*args: object) -> None:
         assert list(tmp_path.iterdir()), "nothing had been written yet: the test is too early"
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(porter.convert, "_lower", interrupt)
     code, out, err = porter_("convert", model, "-o", tmp_path / "b", "--pipeline", PASSES, "--data", "random")

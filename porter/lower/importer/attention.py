@@ -24,9 +24,14 @@ def _attention(imp: Importer, node: ir.Node, q: Value, k: Value, v: Value, mask:
                past_key: Value | None = None, past_value: Value | None = None,
                lengths: Value | None = None) -> tuple[Value | None, ...]:  # fmt: skip
     if attribute(node, "qk_matmul_output_mode", 0) and len(node.outputs) > 3:
-        raise TargetError("PORT-0415", "an Attention that returns its scores has no lowering", where=imp.current)
+        raise TargetError(
+            "PORT-0415", "an Attention that returns its scores has no lowering", where=imp.current
+        )
     query, folded = _four_d(imp, node, imp.tensor(q), "q_num_heads")
-    key, value = (t if isinstance(t, Quantized) else _four_d(imp, node, imp.tensor(t), "kv_num_heads")[0] for t in (k, v))
+    key, value = (
+        t if isinstance(t, Quantized) else _four_d(imp, node, imp.tensor(t), "kv_num_heads")[0]
+        for t in (k, v)
+    )
     if past_key is not None:
         key = imp.emit(op.concat([imp.tensor(past_key), key], axis=2))
         value = imp.emit(op.concat([imp.tensor(past_value), value], axis=2))
@@ -100,7 +105,9 @@ def _rms_norm(imp: Importer, node: ir.Node, x: Value, scale: Value) -> Value:
     dims = imp.shape(tensor)
     axis = int(attribute(node, "axis", -1))
     if axis not in (-1, len(dims) - 1) or not isinstance(dims[-1], int):
-        raise TargetError("PORT-0415", "an RMSNormalization over several axes has no lowering", where=imp.current)
+        raise TargetError(
+            "PORT-0415", "an RMSNormalization over several axes has no lowering", where=imp.current
+        )
     epsilon = float(attribute(node, "epsilon", 1e-5))
     weight = _vector(imp, scale, dims[-1])
     rows: Any = 1
@@ -118,7 +125,9 @@ def _vector(imp: Importer, value: Value, width: int) -> relax.Expr:
     return imp.emit(op.broadcast_to(imp.tensor(value), [width]))
 
 
-def _rotary(imp: Importer, node: ir.Node, x: Value, cos: Value, sin: Value, positions: Value | None = None) -> Value:
+def _rotary(
+    imp: Importer, node: ir.Node, x: Value, cos: Value, sin: Value, positions: Value | None = None
+) -> Value:
     query, folded = _four_d(imp, node, imp.tensor(x), "num_heads")
     batch, heads, steps, width = imp.shape(query)
     rotated = int(attribute(node, "rotary_embedding_dim", 0)) or width
@@ -146,7 +155,9 @@ def _scatter(imp: Importer, node: ir.Node, past: Value, update: Value, starts: V
     cache, new = imp.tensor(past), imp.tensor(update)
     batch, heads, capacity, width = imp.shape(cache)
     if int(attribute(node, "axis", -2)) not in (-2, 2) or not isinstance(capacity, int):
-        raise TargetError("PORT-0415", "a TensorScatter on another axis than 2 has no lowering", where=imp.current)
+        raise TargetError(
+            "PORT-0415", "a TensorScatter on another axis than 2 has no lowering", where=imp.current
+        )
     circular = attribute(node, "mode", "linear") == "circular"
     dtype = str(cache.ty.dtype)
     if not imp.is_input(cache):

@@ -121,7 +121,9 @@ def _cast(imp: Importer, node: ir.Node, x: Value) -> Value:
 def _cast_like(imp: Importer, node: ir.Node, x: Value, like: Value) -> Value:
     if isinstance(like, Ints):
         return _cast_to(imp, x, ir.DataType.INT64)
-    return _cast_to(imp, x, like.value.dtype if isinstance(like, Weight) else node.inputs[1].dtype or _type(imp, like))
+    return _cast_to(
+        imp, x, like.value.dtype if isinstance(like, Weight) else node.inputs[1].dtype or _type(imp, like)
+    )
 
 
 def _type(imp: Importer, value: Value) -> ir.DataType:
@@ -162,12 +164,16 @@ def _swish(imp: Importer, node: ir.Node, x: Value) -> Value:
 def _gelu(imp: Importer, node: ir.Node, x: Value) -> Value:
     """0.5 x (1 + erf(x / sqrt 2)), or the tanh form."""
     tensor = imp.tensor(x)
-    return imp.emit(op.nn.gelu_tanh(tensor) if attribute(node, "approximate", "none") == "tanh" else op.nn.gelu(tensor))
+    return imp.emit(
+        op.nn.gelu_tanh(tensor) if attribute(node, "approximate", "none") == "tanh" else op.nn.gelu(tensor)
+    )
 
 
 def _round(imp: Importer, node: ir.Node, x: Value) -> Value:
     """Half to even."""
-    return imp.te(lambda t: te.compute(t.shape, lambda *i: tirx.nearbyint(t(*i))), imp.tensor(x), name="round")
+    return imp.te(
+        lambda t: te.compute(t.shape, lambda *i: tirx.nearbyint(t(*i))), imp.tensor(x), name="round"
+    )
 
 
 def _same(imp: Importer, node: ir.Node, x: Value, *rest: Value) -> Value:
@@ -188,8 +194,12 @@ TABLE: dict[str, Callable[..., Value]] = {
     "Sub": _binary(op.subtract, lambda a, b: a - b),
     "Mul": _binary(op.multiply, lambda a, b: a * b),
     "Div": _div,
-    "Min": _extreme(op.minimum, lambda a, b: min(a, b) if isinstance(a, int) and isinstance(b, int) else tirx.min(a, b)),
-    "Max": _extreme(op.maximum, lambda a, b: max(a, b) if isinstance(a, int) and isinstance(b, int) else tirx.max(a, b)),
+    "Min": _extreme(
+        op.minimum, lambda a, b: min(a, b) if isinstance(a, int) and isinstance(b, int) else tirx.min(a, b)
+    ),
+    "Max": _extreme(
+        op.maximum, lambda a, b: max(a, b) if isinstance(a, int) and isinstance(b, int) else tirx.max(a, b)
+    ),
     "Pow": _pow,
     "Equal": _equal,
     "Less": _binary(op.less, None),

@@ -44,13 +44,19 @@ def _packed(imp: Importer, rows: Weight | Quantized) -> tuple[kernels.Layout, li
 def _parameter(imp: Importer, layout: kernels.Layout, rows: Weight | Quantized, part: str) -> relax.Var:
     from porter.lower.importer.quantized import matrix_codes, matrix_scales
 
-    source = rows.value.name if isinstance(rows, Weight) else f"{rows.codes.value.name}/{rows.scales.value.name}"
+    source = (
+        rows.value.name if isinstance(rows, Weight) else f"{rows.codes.value.name}/{rows.scales.value.name}"
+    )
     _, shape, dtype = layout.buffers()[0 if part == "codes" else 1]
 
     def make() -> np.ndarray:
         if isinstance(rows, Weight):
             return layout.pack_codes(np.ascontiguousarray(rows.numpy()))
-        return layout.pack_codes(matrix_codes(rows)) if part == "codes" else layout.pack_scales(matrix_scales(rows))
+        return (
+            layout.pack_codes(matrix_codes(rows))
+            if part == "codes"
+            else layout.pack_scales(matrix_scales(rows))
+        )
 
     key = (source, part, layout, rows.transposed)
     return imp.weights.parameter(key, shape, dtype, make)
@@ -100,7 +106,9 @@ def _transpose(imp: Importer, node: ir.Node, x: Value) -> Value:
     permutation = attribute(node, "perm")
     if _is_matrix(x):
         return x if permutation is not None and list(permutation) == [0, 1] else _turn(imp, x)
-    return imp.emit(op.permute_dims(imp.tensor(x), None if permutation is None else [int(p) for p in permutation]))
+    return imp.emit(
+        op.permute_dims(imp.tensor(x), None if permutation is None else [int(p) for p in permutation])
+    )
 
 
 def _gather(imp: Importer, node: ir.Node, data: Value, indices: Value) -> Value:
@@ -127,7 +135,9 @@ def _size_like(imp: Importer, table: relax.Expr, axis: int, like: relax.Expr) ->
 
 
 def _gather_nd(imp: Importer, node: ir.Node, data: Value, indices: Value) -> Value:
-    return imp.emit(op.gather_nd(imp.tensor(data), imp.tensor(indices), int(attribute(node, "batch_dims", 0))))
+    return imp.emit(
+        op.gather_nd(imp.tensor(data), imp.tensor(indices), int(attribute(node, "batch_dims", 0)))
+    )
 
 
 def _gather_rows(imp: Importer, table: Weight | Quantized, indices: relax.Expr) -> Value:

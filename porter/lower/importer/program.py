@@ -90,7 +90,9 @@ class Importer:
             return None
         if value not in self._values:
             if value.const_value is None:
-                raise ModelError("PORT-0412", "a value is used before anything makes it", where=value.name or "?")
+                raise ModelError(
+                    "PORT-0412", "a value is used before anything makes it", where=value.name or "?"
+                )
             self._values[value] = Weight(value)
         return self._values[value]
 
@@ -132,11 +134,15 @@ class Importer:
             func = make()
             name = str(func.attrs["global_symbol"])
             same = sum(k.name_hint.split("__")[0] == name for k in self._kernels.values())
-            name = f"{name}__{same}" if same else name  # a kernel's name does not tell all, its epsilon for one
+            name = (
+                f"{name}__{same}" if same else name
+            )  # a kernel's name does not tell all, its epsilon for one
             self._kernels[key] = self.builder.add_func(func.with_attr("global_symbol", name), name)
         return self._kernels[key]
 
-    def call(self, kernel: relax.GlobalVar, args: list[relax.Expr], shape: list[Any], dtype: str) -> relax.Var:
+    def call(
+        self, kernel: relax.GlobalVar, args: list[relax.Expr], shape: list[Any], dtype: str
+    ) -> relax.Var:
         """Bind a kernel's result."""
         self._remember(kernel)
         return self.emit(relax.call_tir(kernel, args, relax.TensorType(shape, dtype)))
@@ -175,7 +181,9 @@ class Importer:
     def _input(self, value: ir.Value) -> relax.Var:
         shape = [self._dim(d, f"{value.name}_{i}") for i, d in enumerate(value.shape or [])]
         if value.dtype not in DTYPES:
-            raise TargetError("PORT-0413", f"an input of type {value.dtype} cannot be lowered", where=value.name or "?")
+            raise TargetError(
+                "PORT-0413", f"an input of type {value.dtype} cannot be lowered", where=value.name or "?"
+            )
         var = relax.Var(value.name, relax.TensorType(shape, DTYPES[value.dtype]))
         self._values[value] = var
         self._inputs[var] = value.name
@@ -221,7 +229,11 @@ class Importer:
     def _name_in_place(self, outputs: list[relax.Var]) -> None:
         for graph_output in self.model.graph.outputs:
             value = self.value(graph_output)
-            if isinstance(value, relax.Var) and value in self._inputs and graph_output.name != self._inputs[value]:
+            if (
+                isinstance(value, relax.Var)
+                and value in self._inputs
+                and graph_output.name != self._inputs[value]
+            ):
                 self.in_place[graph_output.name] = self._inputs[value]
 
     def _remember(self, kernel: relax.GlobalVar) -> None:
@@ -245,4 +257,3 @@ class Importer:
             return relax.const(np.array(weight.numpy(), order="C"), DTYPES[array_type])
         key = (weight.value.name, "plain", weight.transposed)
         return self.weights.parameter(key, weight.shape, DTYPES[array_type], weight.numpy)
-

@@ -49,7 +49,11 @@ def matrix_layout(value: Quantized) -> Layout | None:
 
     They fit when the scales run along the rows: one for all, one per row, or one per `block` codes of a row.
     """
-    if not isinstance(value.codes, Weight) or not isinstance(value.scales, Weight) or len(value.codes.shape) != 2:
+    if (
+        not isinstance(value.codes, Weight)
+        or not isinstance(value.scales, Weight)
+        or len(value.codes.shape) != 2
+    ):
         return None
     shape = value.codes.shape
     n, k = shape[::-1] if value.transposed else shape
@@ -110,9 +114,13 @@ def _scale_index(value: Quantized, index: tuple[Any, ...], rank: int) -> tuple[A
 
 def _quantize(imp: Importer, node: ir.Node, x: Value, scale: Value, zero: Value | None = None) -> Value:
     """int8 codes, saturate(round_half_even(x / scale)), of a tensor that is computed at run time."""
-    wanted = ir.DataType(attribute(node, "output_dtype", 0) or (node.inputs[2].dtype if zero is not None else 0))
+    wanted = ir.DataType(
+        attribute(node, "output_dtype", 0) or (node.inputs[2].dtype if zero is not None else 0)
+    )
     if wanted != ir.DataType.INT8 or (zero is not None and np.any(imp.array(zero))):
-        raise TargetError("PORT-0416", f"quantizing to {wanted.name} at run time has no lowering", where=imp.current)
+        raise TargetError(
+            "PORT-0416", f"quantizing to {wanted.name} at run time has no lowering", where=imp.current
+        )
     tensor, scales = imp.tensor(x), imp.tensor(scale)
     rank = len(tensor.ty.shape)
     axis = axis_of(node, rank, 1) if len(scales.ty.shape) else -1
@@ -121,7 +129,10 @@ def _quantize(imp: Importer, node: ir.Node, x: Value, scale: Value, zero: Value 
     def compute(t: te.Tensor, s: te.Tensor) -> te.Tensor:
         def element(*index: Any) -> Expr:
             ratio = tirx.nearbyint(t(*index) / s(*_scale_index(place, index, rank)))
-            return tirx.Cast("int8", tirx.max(tirx.min(ratio, tirx.FloatImm("float32", 127)), tirx.FloatImm("float32", -128)))
+            return tirx.Cast(
+                "int8",
+                tirx.max(tirx.min(ratio, tirx.FloatImm("float32", 127)), tirx.FloatImm("float32", -128)),
+            )
 
         return te.compute(t.shape, element, name="codes")
 
@@ -137,7 +148,9 @@ def _pack_int4(imp: Importer, node: ir.Node, codes: Value) -> Value:
 
         def element(*index: Any) -> Expr:
             *lead, last = index
-            return tirx.Cast("uint8", nibble(*lead, last * 2) | (nibble(*lead, last * 2 + 1) << tirx.IntImm("int32", 4)))
+            return tirx.Cast(
+                "uint8", nibble(*lead, last * 2) | (nibble(*lead, last * 2 + 1) << tirx.IntImm("int32", 4))
+            )
 
         return te.compute([*q.shape[:-1], tirx.floordiv(q.shape[-1], 2)], element, name="packed")
 

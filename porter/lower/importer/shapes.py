@@ -158,7 +158,11 @@ def _slice(imp: Importer, node: ir.Node, x: Value, starts: Value | None = None, 
     if isinstance(x, Ints):
         return Ints.of(x.flat()[slice(first[0], min(last[0], len(x.flat())), stride[0])])
     bounds = [_clamp(imp, a, b, dims[w], s) for a, b, w, s in zip(first, last, where, stride, strict=True)]
-    cuts = [(w, *b, int(s)) for w, b, s in zip(where, bounds, stride, strict=True) if not _whole(imp, *b, dims[w], s)]
+    cuts = [
+        (w, *b, int(s))
+        for w, b, s in zip(where, bounds, stride, strict=True)
+        if not _whole(imp, *b, dims[w], s)
+    ]
     if not cuts:
         return x
     where, begin, end, stride = (list(column) for column in zip(*cuts, strict=True))
@@ -221,7 +225,12 @@ def _range(imp: Importer, node: ir.Node, start: Value, limit: Value, delta: Valu
 def _constant(imp: Importer, node: ir.Node) -> Value:
     """Constant nodes hold their tensor in an attribute of one of several names."""
     name, found = next(iter(node.attributes.items()))
-    dtype = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+    dtype = {
+        "value_int": np.int64,
+        "value_ints": np.int64,
+        "value_float": np.float32,
+        "value_floats": np.float32,
+    }
     tensor = found.value if name == "value" else ir.tensor(np.array(found.value, dtype[name]))
     return Weight(ir.Value(name=node.outputs[0].name, const_value=tensor, type=ir.TensorType(tensor.dtype)))
 
@@ -238,14 +247,18 @@ def _tile(imp: Importer, node: ir.Node, x: Value, repeats: Value) -> Value:
 def _cumsum(imp: Importer, node: ir.Node, x: Value, axis: Value) -> Value:
     tensor = imp.tensor(x)
     exclusive = bool(attribute(node, "exclusive", 0))
-    return imp.emit(op.cumsum(tensor, axis=imp.ints(axis)[0], dtype=str(tensor.ty.dtype), exclusive=exclusive))
+    return imp.emit(
+        op.cumsum(tensor, axis=imp.ints(axis)[0], dtype=str(tensor.ty.dtype), exclusive=exclusive)
+    )
 
 
 def _reduce(reduction: Callable[..., Any]) -> Callable[..., Value]:
     def run(imp: Importer, node: ir.Node, x: Value, axes: Value | None = None) -> Value:
         found = attribute(node, "axes") if axes is None else _known(imp, axes, "an axis")
         keep = bool(attribute(node, "keepdims", 1))
-        return imp.emit(reduction(imp.tensor(x), [int(a) for a in found] if found is not None else None, keep))
+        return imp.emit(
+            reduction(imp.tensor(x), [int(a) for a in found] if found is not None else None, keep)
+        )
 
     return run
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from porter.lower.kernels.codecs import CODECS
 from porter.lower.kernels.define import Dim, Expr, Spec, T, define, f32, i64, local, loop, store, tirx
 
 TILE = 8  # keys between two rescalings of the accumulator
-LOWEST = -3.4e38  # a finite "minus infinity": exp(-inf - LOWEST) is 0, exp(-inf - -inf) would be NaN
+# A finite "minus infinity": exp(-inf - LOWEST) is 0, exp(-inf - -inf) would be NaN. It is the lowest float32 because
+# that is what exporters put into masks: a row in which every key has it is spread evenly, as by softmax.
+LOWEST = float(np.finfo(np.float32).min)
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,11 @@ class Cache:
         """Codes [b, heads, length, words], then scales [b, heads, length, 1] where the codec needs them."""
         codec = CODECS[self.codec]
         codes: Spec = (name, ("b", heads, length, self.width // codec.per_word), codec.storage)
-        return [codes] if self.codec == "fp32" else [codes, (f"{name}_scale", ("b", heads, length, 1), "float32")]
+        return (
+            [codes]
+            if self.codec == "fp32"
+            else [codes, (f"{name}_scale", ("b", heads, length, 1), "float32")]
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def attention(spec: Attention) -> tirx.PrimFunc:
     buffers.append(("y", ("b", spec.query_heads, "s", spec.value.width), "float32"))
     names = [n for n, _, _ in buffers]
 
-    def body(*args, **dims):  # noqa: ANN002, ANN003, ANN202
+    def body(*args, **dims):
         _rows(spec, dict(zip(names, args, strict=True)), dims)
 
     return define(spec.name, buffers, body)
@@ -85,12 +93,11 @@ def _rows(spec: Attention, at: dict[str, tirx.Buffer], dims: dict[str, tirx.Var]
             if spec.causal:
                 first = {"start": i64(0), "end": total - dims["s"], "lengths": seen - dims["s"]}[spec.offset]
                 seen = tirx.min(seen, first + i + i64(1))
-            _row(spec, at, b, h, i, tirx.max(seen, i64(0)))
+            # A wrong length must not read what lies beside the cache.
+            _row(spec, at, b, h, i, tirx.max(tirx.min(seen, total), i64(0)))
 
 
-def _row(
-    spec: Attention, at: dict[str, tirx.Buffer], b: Expr, h: Expr, i: Expr, seen: Expr
-) -> None:
+def _row(spec: Attention, at: dict[str, tirx.Buffer], b: Expr, h: Expr, i: Expr, seen: Expr) -> None:
     query, out, score = local(spec.key.width), local(spec.value.width), local(TILE)
     top, new_top, total, fade = local(1), local(1), local(1), local(1)
     head = h // i64(spec.query_heads // spec.heads)
@@ -144,9 +151,7 @@ def _masked(
     return tirx.Select(mask, value, f32(float("-inf"))) if spec.mask_dtype == "bool" else value + mask
 
 
-def _dot(
-    cache: Cache, at: dict[str, tirx.Buffer], query: tirx.Buffer, b: Expr, head: Expr, j: Expr
-) -> Expr:
+def _dot(cache: Cache, at: dict[str, tirx.Buffer], query: tirx.Buffer, b: Expr, head: Expr, j: Expr) -> Expr:
     """Emit q · k[j] and return it; partial sums stand in lanes so that the loop is one vector multiply-add."""
     codec = CODECS[cache.codec]
     words = cache.width // codec.per_word

@@ -18,8 +18,9 @@ def define(name: str, buffers: Sequence[Spec], body: Callable[..., None]) -> tir
     """A PrimFunc whose parameters are `buffers`, in order.
 
     Each buffer is (name, shape, dtype); a string in a shape is a dimension known only at run time, and the same
-    string is the same dimension. A dtype of "scalar" makes an int64 argument of the name instead of a buffer. `body` is called with the buffers, then with the symbolic dimensions by keyword, and
-    emits the statements. The body stands in one opaque block, as Relax demands of what `call_tir` calls.
+    string is the same dimension. A dtype of "scalar" makes an int64 argument of the name instead of a buffer.
+    `body` is called with the buffers, then with the symbolic dimensions and scalars by keyword, and emits the
+    statements. They stand in one opaque block, as Relax demands of what `call_tir` calls.
     """
     symbols: dict[str, tirx.Var] = {}
     for _, shape, _ in buffers:
@@ -44,7 +45,9 @@ def define(name: str, buffers: Sequence[Spec], body: Callable[..., None]) -> tir
                 body(*matched, **symbols)
         func = builder.get()
     assert isinstance(func, tirx.PrimFunc)
-    return func.with_attr({"global_symbol": name, "tirx.noalias": True, "op_pattern": 8})  # 8: opaque to fusion
+    return func.with_attr(
+        {"global_symbol": name, "tirx.noalias": True, "op_pattern": 8}
+    )  # 8: opaque to fusion
 
 
 def local(size: int, dtype: str = "float32") -> tirx.Buffer:
@@ -55,7 +58,15 @@ def local(size: int, dtype: str = "float32") -> tirx.Buffer:
 def loop(extent: Expr | int, kind: str = "serial") -> object:
     """`with loop(n) as i:`, int64; kind is serial, parallel, vectorized or unroll."""
     extent = tirx.IntImm("int64", extent) if isinstance(extent, int) else extent
-    return {"serial": T.serial, "parallel": T.parallel, "vectorized": T.vectorized, "unroll": T.unroll}[kind](extent)
+    return {"serial": T.serial, "parallel": T.parallel, "vectorized": T.vectorized, "unroll": T.unroll}[kind](
+        extent
+    )
+
+
+def check(condition: Expr, message: str) -> None:
+    """Stop the program with `message` unless `condition` holds. Not inside a parallel loop."""
+    with T.Assert(condition, message):
+        pass
 
 
 def store(buffer: tirx.Buffer, value: Expr, *indices: Expr | int) -> None:
@@ -73,4 +84,18 @@ def f32(value: float) -> tirx.FloatImm:
     return tirx.FloatImm("float32", value)
 
 
-__all__ = ["Dim", "Expr", "Spec", "T", "define", "f32", "i64", "local", "loop", "store", "tirx", "tvm"]
+__all__ = [
+    "Dim",
+    "Expr",
+    "Spec",
+    "T",
+    "check",
+    "define",
+    "f32",
+    "i64",
+    "local",
+    "loop",
+    "store",
+    "tirx",
+    "tvm",
+]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from porter.lower.kernels.codecs import CODECS, Codec, pack_pairs
-from porter.lower.kernels.define import Expr, Spec, define, f32, i64, local, loop, store, tirx
+from porter.lower.kernels.define import Expr, Spec, check, define, f32, i64, local, loop, store, tirx
+from porter.lower.kernels.integers import OUTSIDE
 
 LANES = 16  # two AVX2 registers of float32
 ROWS = 4  # rows of x that share one decoded weight vector: 4 x 16 accumulators fill half the AVX2 registers
@@ -79,23 +80,22 @@ def _interleave(rows: np.ndarray, blocks: int) -> np.ndarray:
 
 
 def _spans(layout: Layout) -> Iterator[tuple[int, int, int]]:
-    """(first group, groups, words in each) of the whole groups, then of the ragged one; words never straddle groups."""
-    per_word = layout.codec.per_word
+    """(first group, groups, codes in each) of the whole groups, then of the ragged one."""
     if not layout.group:
-        yield 0, 1, layout.words
+        yield 0, 1, layout.k
         return
     whole, tail = divmod(layout.k, layout.group)
     if whole:
-        yield 0, whole, -(-layout.group // per_word)  # ragged only when one group spans all of k
+        yield 0, whole, layout.group
     if tail:
-        yield whole, 1, -(-tail // per_word)
+        yield whole, 1, tail
 
 
 def matmul(layout: Layout) -> tirx.PrimFunc:
     """x [m, k] float32, packed W -> y [m, n] float32, accumulated in float32 in order of k."""
     assert not layout.group or layout.group % layout.codec.per_word == 0 or layout.group == layout.k
 
-    def body(x, *rest, m):  # noqa: ANN001, ANN002, ANN202
+    def body(x, *rest, m):
         *weight, y = rest
 
         def column(block: Expr, width: int) -> None:
@@ -111,7 +111,11 @@ def matmul(layout: Layout) -> tirx.PrimFunc:
         if tail:
             column(i64(whole), tail)
 
-    buffers: list[Spec] = [("x", ("m", layout.k), "float32"), *layout.buffers(), ("y", ("m", layout.n), "float32")]
+    buffers: list[Spec] = [
+        ("x", ("m", layout.k), "float32"),
+        *layout.buffers(),
+        ("y", ("m", layout.n), "float32"),
+    ]
     return define(f"matmul_{layout.name}", buffers, body)
 
 
@@ -129,12 +133,16 @@ def _tile(
     acc = local(rows * LANES)
     with loop(rows * LANES, "vectorized") as v:
         store(acc, f32(0), v)
-    for first, groups, words in _spans(layout):
+    per_word = layout.codec.per_word
+    for first, groups, codes in _spans(layout):
         with loop(groups) as group:
             scale = _load_scale(weight, block, group + i64(first))
-            with loop(words) as word:
-                offset = (group + i64(first)) * i64(layout.group // layout.codec.per_word) if layout.group else i64(0)
-                _accumulate(layout, x, weight[0], scale, acc, block, offset + word, row, rows)
+            start = (group + i64(first)) * i64(layout.group // per_word)  # words never straddle groups
+            with loop(codes // per_word) as word:
+                _accumulate(layout, x, weight[0], scale, acc, block, start + word, per_word, row, rows)
+            if codes % per_word:  # the pad of the last word is no code: 0 * inf would be NaN
+                last = start + i64(codes // per_word)
+                _accumulate(layout, x, weight[0], scale, acc, block, last, codes % per_word, row, rows)
     for r in range(rows):
         with loop(width, "vectorized") as v:
             store(y, acc[i64(r * LANES) + v], row + i64(r), block * i64(LANES) + v)
@@ -157,19 +165,17 @@ def _accumulate(
     acc: tirx.Buffer,
     block: Expr,
     word: Expr,
+    codes_used: int,
     row: Expr,
     rows: int,
 ) -> None:
-    """acc[r, :] += x[row + r, k] * decode(W[:, k]) for each k of one storage word."""
-    per_word = layout.codec.per_word
-    for which in range(per_word):
+    """acc[r, :] += x[row + r, k] * decode(W[:, k]) for the first `codes_used` codes of one storage word."""
+    for which in range(codes_used):
         decoded = local(LANES)
         with loop(LANES, "vectorized") as v:
             value = layout.codec.decode(codes[block, word, v], tirx.IntImm("int32", which))
             store(decoded, value * scale[v] if scale is not None else value, v)
-        k = word * i64(per_word) + i64(which)
-        # The pad of an odd k is a zero code; reading x one past its row would not be.
-        k = tirx.min(k, i64(layout.k - 1)) if layout.k % per_word else k
+        k = word * i64(layout.codec.per_word) + i64(which)
         for r in range(rows):
             with loop(LANES, "vectorized") as v:
                 at = i64(r * LANES) + v
@@ -177,11 +183,15 @@ def _accumulate(
 
 
 def gather(layout: Layout) -> tirx.PrimFunc:
-    """Row numbers [m] int64 and packed W -> rows [m, k] float32; a negative number counts from the end."""
+    """Row numbers [m] int64 and packed W -> rows [m, k] float32; a negative number counts from the end.
 
-    def body(rows, *rest, m):  # noqa: ANN001, ANN002, ANN202
+    A number outside of the table stops the program: it must not read what lies beside it.
+    """
+
+    def body(rows, *rest, m):
         codes, *scales, out = rest
         with loop(m) as i:
+            check(tirx.all(rows[i] >= i64(-layout.n), rows[i] < i64(layout.n)), OUTSIDE)
             row = tirx.Select(rows[i] < i64(0), rows[i] + i64(layout.n), rows[i])
             with loop(layout.k) as k:
                 value = layout.codec.decode(*_word(layout, codes, row, k))

@@ -9,7 +9,7 @@ def rms_norm(width: int, epsilon: float) -> tirx.PrimFunc:
     """x [m, width], weight [width] -> y [m, width]; squares are summed in up to 16 lanes, then across them."""
     lanes = next(n for n in (16, 8, 4, 2, 1) if width % n == 0)
 
-    def body(x, weight, y, m):  # noqa: ANN001, ANN202
+    def body(x, weight, y, m):
         with loop(m) as i:
             partial, total = local(lanes), local(1)
             with loop(lanes, "vectorized") as v:
@@ -24,5 +24,9 @@ def rms_norm(width: int, epsilon: float) -> tirx.PrimFunc:
             with loop(width, "vectorized") as d:
                 store(y, x[i, d] * total[0] * weight[d], i, d)
 
-    buffers = [("x", ("m", width), "float32"), ("weight", (width,), "float32"), ("y", ("m", width), "float32")]
+    buffers = [
+        ("x", ("m", width), "float32"),
+        ("weight", (width,), "float32"),
+        ("y", ("m", width), "float32"),
+    ]
     return define(f"rms_norm_d{width}", buffers, body)

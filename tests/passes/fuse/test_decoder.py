@@ -20,8 +20,8 @@ PLAIN = ["llama_sdpa_23", "llama_sdpa_23_opt", "llama_sdpa_20", "llama_eager_23"
 PADDED = ["llama_eager_18_mask", "llama_sdpa_23_mask"]
 MASK_BUILDERS = {"LessOrEqual", "Less", "Greater", "GreaterOrEqual", "Where", "Trilu", "And", "GatherND"}
 
-# Reordered sums of 48 terms at most move a result by 48 * 2^-24 of its size per layer and sum; five sums a layer (qkv,
-# scores, output, gate and up, down), two layers, and the logits' own 32: below 600 * 2^-24 of the peak, which is 16.
+# A reordered sum of at most 48 terms moves a result by at most 48 * 2^-24 of its size. There are five sums in
+# each of two layers (qkv, scores, output, gate and up, down), and the logits: 600 * 2^-24 of the peak, 16.
 BOUND = 600 * 2**-24 * 16
 
 
@@ -78,7 +78,7 @@ def test_attention_owns_its_cache(name: str, fused: Callable[[str], ir.Model]) -
 
 @pytest.mark.parametrize("name", PADDED)
 def test_padding_stays_a_mask(name: str, fused: Callable[[str], ir.Model]) -> None:
-    """The causal half of the mask goes into the operator; the half that comes from attention_mask does not vanish."""
+    """The causal half of the mask goes into the operator; the half from attention_mask does not vanish."""
     model = fused(name)
     nodes = [n for n in model.graph if n.op_type == "Attention"]
     assert len(nodes) == LAYERS

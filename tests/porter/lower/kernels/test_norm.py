@@ -1,0 +1,31 @@
+"""RMS normalization against float64."""
+
+import numpy as np
+import pytest
+from kernels import UNIT, built
+
+from porter.lower.kernels.norm import rms_norm
+
+CASES = [(w, e) for w in (1, 7, 12, 64, 172, 4096) for e in (1e-5, 1e-12)]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict:
+    return dict(zip(CASES, built(rms_norm(*case) for case in CASES), strict=True))
+
+
+@pytest.mark.parametrize(("width", "epsilon"), CASES)
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e15])
+def test_rms_norm(kernels: dict, width: int, epsilon: float, size: float) -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((5, width)) * size).astype(np.float32)
+    x[3] = 0
+    weight = rng.standard_normal(width).astype(np.float32)
+    got = kernels[width, epsilon](x, weight, shape=x.shape)
+    exact = x.astype(np.float64)
+    wanted = exact / np.sqrt((exact**2).mean(1, keepdims=True) + np.float32(epsilon)) * weight
+    # width/16 + 16 additions of positive squares, halved by the root; then a mean, a root and three products. A
+    # square below 1e-38 loses bits, 2^-149 for each, and epsilon is 2^-40 at the least: nothing.
+    bound = ((width // 16 + 20) / 2 + 5) * UNIT * np.abs(wanted)
+    assert np.all(np.abs(got - wanted) <= bound)
+    assert not got[3].any()
