@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from porter.match import attribute, constant, producer, scalar
 from porter.rewrite import Mismatch
-from porter.shapes import axes_of
-from porter.symbols import All, Choice, Facts, Shape, is_causal, reduced, same
+from porter.symbolic.shapes import axes_of
+from porter.symbolic.symbols import All, Choice, Facts, Shape, is_causal, reduced, same
 
 MASKED = -1e9  # a score this low is as good as -inf
 

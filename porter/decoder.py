@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from porter.errors import ModelError
-from porter.feeds import aligned_zeros, empty_caches, feeds
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-__all__ = ["CacheTensor", "Decoder", "aligned_zeros", "empty_caches", "feeds", "recognise"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from porter.context import Context
 from porter.errors import PassError
 from porter.match import graphs, tidy
 from porter.pipeline import Pass
-from porter.symbols import Facts, write_shapes
+from porter.symbolic.symbols import Facts, write_shapes
 
 Mismatch = MatchFailureError  # raised by what a check or a rewrite calls: Mismatch(reason, node)
 _EACH = 20  # replacements for each node of the graph, after which rules must be chasing each other

@@ -32,7 +32,7 @@ from porter.match import (
     words,
 )
 from porter.pipeline import Pass, Promise
-from porter.symbols import AXES, Dim, Facts, Shape, declared, same, write_shapes
+from porter.symbolic.symbols import AXES, Dim, Facts, Shape, declared, same, write_shapes
 
 _COUNTING = words("Add Cast Concat Div Gather Mul Reshape Shape Size Slice Squeeze Sub Unsqueeze")
 

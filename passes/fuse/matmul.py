@@ -33,7 +33,7 @@ from porter.match import (
     users,
 )
 from porter.pipeline import Pass, Promise
-from porter.symbols import write_shapes
+from porter.symbolic.symbols import write_shapes
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 

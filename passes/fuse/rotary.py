@@ -24,8 +24,8 @@ from onnxscript.rewriter import MatchResult, RewriteRule, RewriteRuleClassBase
 from porter.match import add_initializer, attribute, constant, producer, scalar, shared_initializer, words
 from porter.pipeline import Promise
 from porter.rewrite import Mismatch, Rewrite
-from porter.shapes import axes_of, slice_bounds
-from porter.symbols import Facts, declared, same
+from porter.symbolic.shapes import axes_of, slice_bounds
+from porter.symbolic.symbols import Facts, declared, same
 
 Build = Callable[[object], ir.Value]  # from a rewrite's op builder to the new value
 

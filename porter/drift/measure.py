@@ -18,6 +18,7 @@ from porter.drift.compare import Comparison, compare, encode
 from porter.drift.feeds import TokenFeeds
 from porter.errors import OptionError
 from porter.run.decode import Decode
+from porter.run.feeds import feeds as step_feeds
 from porter.run.protocol import Runner
 from porter.run.reference import ReferenceRunner
 from porter.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ class Runnable:
 
     def encode(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """An encoder's hidden states of tokens and mask, int64 [batch, n]."""
-        feeds = decoders.feeds(self.decoder, tokens, 0, {}, self.runner.inputs)
+        feeds = step_feeds(self.decoder, tokens, 0, {}, self.runner.inputs)
         if self.decoder.mask:
             feeds[self.decoder.mask] = mask.astype(self.runner.inputs[self.decoder.mask].dtype)
         return self.runner.run(feeds)[self.decoder.output]

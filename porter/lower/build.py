@@ -8,12 +8,14 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import tvm
 from tvm import relax
 
 from porter.errors import EnvironmentFailure, TargetError
+from porter.lower import sources
 from porter.target import TargetSpec
 
 # What every x86-64 server and laptop of the last decade has (AVX2, FMA, F16C). Not the build machine's own CPU: the
@@ -30,23 +32,44 @@ def tvm_target(spec: TargetSpec) -> tvm.target.Target:
     return tvm.target.Target(config)
 
 
-def planned(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
-    """Legalize, fuse and plan memory: after this every buffer is a view of a storage of known size."""
-    passes = [
-        relax.transform.LegalizeOps(),
-        relax.transform.AnnotateTIROpPattern(),
-        relax.transform.FoldConstant(),
-        relax.transform.FuseOps(),
-        relax.transform.FuseTIR(),
-        relax.transform.DeadCodeElimination(),
-        relax.transform.RewriteDataflowReshape(),
-        relax.transform.ToNonDataflow(),
-        relax.transform.RemovePurityChecking(),
-        relax.transform.CallTIRRewrite(),
-        relax.transform.StaticPlanBlockMemory(),
+@dataclass
+class Planned:
+    """A module whose every buffer is a view of a storage of known size, and the ONNX nodes behind its launches."""
+
+    module: tvm.IRModule
+    nodes: list[list[str]]  # of each kernel call of `main`, in order
+
+
+def planned(module: tvm.IRModule, target: tvm.target.Target, named: dict[str, str]) -> Planned:
+    """Legalize, fuse and plan memory. `named` has the ONNX node of each variable of `main`."""
+    transform = relax.transform
+    legalize = [
+        transform.LegalizeOps(),
+        transform.AnnotateTIROpPattern(),
+        transform.FoldConstant(),
+        transform.DeadCodeElimination(),
+    ]
+    finish = [
+        transform.DeadCodeElimination(),
+        transform.ToNonDataflow(),
+        transform.RemovePurityChecking(),
+        transform.CallTIRRewrite(),
+        transform.StaticPlanBlockMemory(),
     ]
     with target:
-        return tvm.transform.Sequential(passes)(module)
+        legal = tvm.transform.Sequential(legalize)(module)
+        fused = transform.FuseOps()(legal)
+        nodes = sources.of_calls(legal, fused, named)
+        merged = tvm.transform.Sequential([transform.FuseTIR(), transform.RewriteDataflowReshape()])(fused)
+        launches = [n for n, is_launch in zip(nodes, _is_launch(merged["main"]), strict=True) if is_launch]
+        return Planned(tvm.transform.Sequential(finish)(merged), launches)
+
+
+def _is_launch(function: relax.Function) -> list[bool]:
+    """Of the kernel calls that fusing left, which are launched: a reshape is a view by now."""
+    values = [binding.value for block in function.body.blocks for binding in block.bindings]
+    names = [getattr(v.op, "name", "") for v in values if isinstance(v, relax.Call)]
+    return [n != "relax.reshape" for n in names if n in (*sources.KERNEL_CALLS, "relax.reshape")]
 
 
 def compiled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Executable:

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from porter.lower import (
-    build,
-    plan,
-    tvm_setup,  # noqa: F401  (before all that imports TVM)
-    weights,
-)
+from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
+
+# isort: split
+from porter.lower import build, plan, weights
 from porter.lower.importer.program import DTYPES, Importer
 from porter.target import TargetSpec
 
@@ -30,23 +28,24 @@ def lower(
     """Compile `model` and write `lib/model.so`, `lib/weights.bin` and `plan.json` into `folder`.
 
     `bounds` gives the largest value of each symbolic dimension; memory is planned for them. Weights are packed and
-    written one at a time. Raises TargetError PORT-0410 to PORT-0418, EnvironmentFailure PORT-0902.
+    written one at a time. Raises TargetError PORT-0410 to PORT-0420, ModelError PORT-0412,
+    EnvironmentFailure PORT-0902.
     """
     imported = Importer(model, bounds).run()
     progress(0.1)
     target_tvm = build.tvm_target(target)
-    module = build.planned(imported.module, target_tvm)
+    planned = build.planned(imported.module, target_tvm, imported.sources)
     inputs = [v for v in model.graph.inputs if not v.is_initializer()]
     made = plan.Plan(
-        bounds=bounds,
+        bounds=imported.bounds,
         inputs=[_interface(v) for v in inputs],
         outputs=[_interface(v) for v in model.graph.outputs],
         in_place=imported.in_place,
     )
-    plan.extract(module, made, imported.parameters, imported.sources)
+    plan.extract(planned.module, made, imported.parameters, planned.nodes)
     progress(0.2)
     (folder / "lib").mkdir(exist_ok=True)
-    build.write_library(build.compiled(module, target_tvm), folder / LIBRARY)
+    build.write_library(build.compiled(planned.module, target_tvm), folder / LIBRARY)
     progress(0.6)
     total = sum(p.bytes for p in imported.parameters) or 1
     weights.write(
@@ -57,5 +56,6 @@ def lower(
 
 
 def _interface(value: ir.Value) -> dict[str, object]:
-    shape = [d if isinstance(d, int) else str(d.value or "?") for d in value.shape or []]
+    dims = enumerate(value.shape or [])
+    shape = [d if isinstance(d, int) else str(d.value or f"{value.name}_{i}") for i, d in dims]
     return {"name": value.name, "shape": shape, "dtype": DTYPES[value.dtype]}

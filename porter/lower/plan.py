@@ -6,12 +6,15 @@ the launch that reads them last. Sizes are upper bounds at the largest symbolic 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax, tirx
+from tvm.ir import Constant, PrimType
 
 from porter.lower.weights import ALIGNMENT, Parameter, offsets
 
@@ -60,64 +63,77 @@ class Plan:
         return asdict(self)
 
 
-def extract(
-    module: tvm.IRModule, plan: Plan, parameters: list[Parameter], sources: dict[str, list[str]]
-) -> Plan:
-    """Fill `plan` from `main` of a module after StaticPlanBlockMemory."""
-    walker = _Walker(plan, {name: list(nodes) for name, nodes in sources.items()})
+def extract(module: tvm.IRModule, plan: Plan, parameters: list[Parameter], nodes: list[list[str]]) -> Plan:
+    """Fill `plan` from `main` of a module after StaticPlanBlockMemory.
+
+    `nodes` are the ONNX nodes behind each launch, in order.
+    """
+    walker = _Walker(plan, iter(nodes))
     function = module["main"]
-    for i, variable in enumerate(function.params):
-        walker.declare(variable, "input" if i < len(plan.inputs) else "weight", None)
+    names = [i["name"] for i in plan.inputs] + [p.name for p in parameters]
+    for i, (variable, name) in enumerate(zip(function.params, names, strict=True)):
+        walker.declare(variable, name, "input" if i < len(plan.inputs) else "weight", None)
+    plan.weights = [
+        {"name": b.name, "shape": list(p.shape), "dtype": p.dtype, "offset": start, "bytes": p.bytes}
+        for b, p, start in zip(plan.buffers[len(plan.inputs) :], parameters, offsets(parameters), strict=True)
+    ]
     for block in function.body.blocks:
         for binding in block.bindings:
             walker.visit(binding.var, binding.value)
-    walker.finish()
-    plan.weights = [
-        {"name": p.name, "shape": list(p.shape), "dtype": p.dtype, "offset": start, "bytes": p.bytes}
-        for p, start in zip(parameters, offsets(parameters), strict=True)
-    ]
+    walker.finish(function.body.body)
     return plan
 
 
 class _Walker:
-    def __init__(self, plan: Plan, sources: dict[str, list[str]]) -> None:
-        self.plan, self.sources = plan, sources
-        self.buffers: dict[Any, Buffer] = {}
+    def __init__(self, plan: Plan, nodes: Iterator[list[str]]) -> None:
+        self.plan, self.nodes = plan, nodes
+        self.buffers: dict[Any, Buffer | list[Buffer]] = {}
         self.storages: dict[Any, int] = {}
         self.analyzer = tvm.sym.Analyzer()
         self.bound: set[Any] = set()
+        self.names: set[str] = set()
 
-    def declare(self, variable: Any, kind: str, storage: int | None) -> None:
-        ty = variable.ty
-        shape = [str(d) for d in ty.shape]
-        at = len(self.plan.launches)
-        buffer = Buffer(variable.name, kind, storage, shape, str(ty.dtype), self.bytes(ty), at, at)
+    def declare(self, variable: Any, name: str, kind: str, storage: int | None) -> None:
+        ty, at = variable.ty, len(self.plan.launches)
+        buffer = Buffer(
+            self.unique(name),
+            kind,
+            storage,
+            [str(d) for d in ty.shape],
+            str(ty.dtype),
+            self.bytes(ty),
+            at,
+            at,
+        )
         self.buffers[variable] = buffer
         self.plan.buffers.append(buffer)
 
+    def unique(self, name: str) -> str:
+        """A model may name its inputs as the program names its variables."""
+        found = next(n for i in count() if (n := f"{name}_{i}" if i else name) not in self.names)
+        self.names.add(found)
+        return found
+
     def bytes(self, ty: relax.TensorType) -> int:
-        """The size when every symbol stands at its bound (a symbol without one counts as 1)."""
-        total = np.dtype(str(ty.dtype)).itemsize
+        """The most that the tensor may take while every symbol is within its bound."""
+        total = tirx.IntImm("int64", np.dtype(str(ty.dtype)).itemsize)
         for dim in ty.shape:
-            if isinstance(dim, relax.Var) and dim not in self.bound:
-                self.bound.add(dim)
-                self.analyzer.bind(dim, tirx.IntImm("int64", self.plan.bounds.get(dim.name, 1)))
-            total *= int(self.analyzer.simplify(dim))
-        return total
+            total = total * dim
+        for symbol in tirx.analysis.undefined_vars(total):
+            if symbol not in self.bound:
+                self.bound.add(symbol)
+                self.analyzer.bind(symbol, tvm.ir.Range(0, self.plan.bounds[symbol.name] + 1))
+        return int(self.analyzer.const_int_bound(total).max_value)
 
     def visit(self, variable: Any, value: Any) -> None:
         if isinstance(value, relax.Var):
             self.alias(variable, value)
         elif isinstance(value, relax.Call):
             self.call(variable, value)
-        elif isinstance(value, relax.Tuple | relax.TupleGetItem):
-            self.tuple(variable, value)
-
-    def tuple(self, variable: Any, value: Any) -> None:
-        if isinstance(value, relax.Tuple):
-            self.buffers[variable] = [self.buffers[v] for v in value.fields if v in self.buffers]  # type: ignore[assignment]
-        elif value.tuple_value in self.buffers:
-            self.buffers[variable] = self.buffers[value.tuple_value][value.index]  # type: ignore[index]
+        elif isinstance(value, relax.Tuple):
+            self.buffers[variable] = [self.buffers[v] for v in value.fields if v in self.buffers]
+        elif isinstance(value, relax.TupleGetItem) and value.tuple_value in self.buffers:
+            self.buffers[variable] = self.buffers[value.tuple_value][value.index]
 
     def alias(self, variable: Any, value: Any) -> None:
         if value in self.buffers:
@@ -133,12 +149,12 @@ class _Walker:
             self.plan.storages.append({"offset": self.plan.workspace_bytes, "bytes": size})
             self.plan.workspace_bytes += -(-size // ALIGNMENT) * ALIGNMENT
         elif name == "relax.memory.alloc_tensor":
-            self.declare(variable, "workspace", self.storages[call.args[0]])
+            self.declare(variable, variable.name, "workspace", self.storages[call.args[0]])
         elif name == "relax.builtin.alloc_tensor":
-            self.declare(variable, "output", None)
+            self.declare(variable, variable.name, "output", None)
         elif name == "relax.reshape":
             self.alias(variable, call.args[0])
-        elif isinstance(call.op, relax.GlobalVar):
+        elif isinstance(call.op, relax.GlobalVar | relax.ExternFunc):
             self.launch(call)
 
     def launch(self, call: Any) -> None:
@@ -146,14 +162,17 @@ class _Walker:
         buffers = [self.buffers[a] for a in call.args if a in self.buffers]
         for buffer in buffers:
             buffer.last = at
-        integers = [str(a) for a in call.args if not isinstance(a.ty, relax.TensorType)]
-        nodes = self.sources.get(call.op.name_hint, [])
-        node = [nodes.pop(0)] if nodes else []
-        self.plan.launches.append(Launch(call.op.name_hint, [b.name for b in buffers], integers, node))
+        integers = [str(a) for a in call.args if not isinstance(a, Constant) and isinstance(a.ty, PrimType)]
+        kernel = getattr(call.op, "name_hint", None) or str(call.op.global_symbol)
+        self.plan.launches.append(Launch(kernel, [b.name for b in buffers], integers, next(self.nodes, [])))
 
-    def finish(self) -> None:
-        """The lower bound: the most bytes that are alive during any one launch."""
-        alive = [0] * (len(self.plan.launches) + 1)
+    def finish(self, results: Any) -> None:
+        """The lower bound: the most bytes that are alive during any one launch. Results live to the end."""
+        end = len(self.plan.launches)
+        for result in getattr(results, "fields", [results]):
+            if isinstance(found := self.buffers.get(result), Buffer):
+                found.last = max(found.last, end - 1)
+        alive = [0] * (end + 1)
         for buffer in self.plan.buffers:
             if buffer.kind == "workspace":
                 for at in range(buffer.first, buffer.last + 1):

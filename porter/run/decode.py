@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import numpy as np
 
 from porter.context import Feeds
-from porter.decoder import Decoder, empty_caches, feeds
+from porter.decoder import Decoder
 from porter.errors import ModelError, OptionError
+from porter.run.feeds import empty_caches, feeds
 from porter.run.protocol import Runner
 
 Sample = Callable[[np.ndarray], int]

@@ -4,59 +4,76 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+
+from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
+
+# isort: split
 import tvm
 from tvm import relax
 
 from porter.context import Feeds
 from porter.errors import BundleError, OptionError
-from porter.lower import tvm_setup  # noqa: F401  (before TVM)
 from porter.run.protocol import TensorSpec
+
+ALIGNMENT = 64  # kernels load whole vectors, so a buffer must begin on a cache line
 
 
 class HostRunner:
-    """Runs a bundle's folder. Implements Runner; numpy arrays go in and out without being copied.
+    """Runs a bundle's folder. Implements Runner.
 
-    Raises BundleError PORT-0501 when the library cannot be loaded, OptionError PORT-0502 when feeds do not fit the
-    interface or exceed the sizes that memory was planned for.
+    A C-contiguous, writable array that begins on a cache line goes in without being copied; so do outputs come out.
+    Raises BundleError PORT-0501 when the program cannot be loaded, OptionError PORT-0502 when feeds do not fit the
+    interface, exceed the sizes that memory was planned for, or are refused by the program itself.
     """
 
     def __init__(self, folder: Path) -> None:
-        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        try:
+            plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+            library = tvm.runtime.load_module(str(folder / "lib" / "model.so"))
+            self._machine = relax.VirtualMachine(library, tvm.cpu())
+            self._weights = _map_weights(folder / "lib" / "weights.bin", plan["weights"])
+            self._main = self._machine["main"]
+        except Exception as error:  # TVM, the loader and broken files raise many kinds
+            what = f"the program cannot be loaded: {_last_line(error)}"
+            raise BundleError("PORT-0501", what, where=str(folder), hint="convert the model again") from error
         self.inputs = {i["name"]: _spec(i) for i in plan["inputs"]}
         self.outputs = {o["name"]: _spec(o) for o in plan["outputs"]}
         self.in_place: dict[str, str] = plan["in_place"]
         self.bounds: dict[str, int] = plan["bounds"]
-        try:
-            self._machine = relax.VirtualMachine(
-                tvm.runtime.load_module(str(folder / "lib" / "model.so")), tvm.cpu()
-            )
-        except Exception as error:  # TVM and the loader raise many kinds
-            raise BundleError(
-                "PORT-0501", f"the library cannot be loaded: {error}", where=str(folder)
-            ) from error
-        self._main = self._machine["main"]
-        self._weights = _map_weights(folder / "lib" / "weights.bin", plan["weights"])
 
     def run(self, feeds: Feeds) -> Feeds:
-        """Outputs by name; an output that overwrites an input is that input's own array."""
+        """Outputs by name; an output that overwrites an input is that input's own array, if it can be written to."""
         self._check(feeds)
-        lent = {name: _lend(feeds[name]) for name in self.inputs}
-        results = self._main(*lent.values(), *self._weights)
-        outputs: Feeds = {}
-        for (name, _), result in zip(self.outputs.items(), results, strict=True):
-            source = self.in_place.get(name)
-            outputs[name] = np.from_dlpack(result) if source is None else feeds[source]
-        return outputs
+        arrays = [np.asarray(feeds[name]) for name in self.inputs]
+        self._check_apart(arrays)
+        lent = dict(zip(self.inputs, map(_lend, arrays), strict=True))
+        try:
+            results = self._main(*lent.values(), *self._weights)
+        except Exception as error:  # TVM raises many kinds
+            raise OptionError("PORT-0502", f"the program refuses these feeds: {_last_line(error)}") from error
+        taken = {
+            source: _taken_back(lent[source], np.asarray(feeds[source])) for source in self.in_place.values()
+        }
+        return {
+            name: taken[self.in_place[name]] if name in self.in_place else _array(result)
+            for name, result in zip(self.outputs, results, strict=True)
+        }
 
     def _check(self, feeds: Feeds) -> None:
         """Every wrong feed is named before any kernel runs: kernels trust their sizes."""
+        for name in feeds:
+            if name not in self.inputs:
+                what = f"there is no input {name!r}"
+                raise OptionError("PORT-0502", what, hint=f"the inputs are: {', '.join(self.inputs)}")
         sizes: dict[str, int] = {}
         for name, spec in self.inputs.items():
             if name not in feeds:
                 raise OptionError("PORT-0502", "an input is missing", where=name)
-            array = feeds[name]
+            array = np.asarray(feeds[name])
             if array.dtype != spec.dtype or array.ndim != len(spec.shape):
                 what = (
                     f"wanted {spec.dtype} of rank {len(spec.shape)}, got {array.dtype} of rank {array.ndim}"
@@ -66,35 +83,80 @@ class HostRunner:
                 self._check_size(name, wanted, got, sizes)
 
     def _check_size(self, name: str, wanted: int | str, got: int, sizes: dict[str, int]) -> None:
-        if isinstance(wanted, int) and got != wanted:
-            raise OptionError("PORT-0502", f"wanted a dimension of {wanted}, got {got}", where=name)
-        if not isinstance(wanted, str) or "+" in wanted:
-            return  # a sum is checked by the program itself
+        if isinstance(wanted, int):
+            if got != wanted:
+                raise OptionError("PORT-0502", f"wanted a dimension of {wanted}, got {got}", where=name)
+            return
         if sizes.setdefault(wanted, got) != got:
             raise OptionError("PORT-0502", f"{wanted} is {sizes[wanted]} elsewhere, {got} here", where=name)
         if got > self.bounds.get(wanted, got):
             what = f"{wanted} is {got}, but memory was planned for at most {self.bounds[wanted]}"
             raise OptionError("PORT-0502", what, where=name, hint="convert with a larger limit")
 
+    def _check_apart(self, arrays: list[np.ndarray]) -> None:
+        """What is written to must not be another input's array as well."""
+        written, owners = set(self.in_place.values()), {}
+        for name, array in zip(self.inputs, arrays, strict=True):
+            other = owners.setdefault(array.ctypes.data, name) if written and array.size else name
+            if other != name and (name in written or other in written):
+                what = f"the same array is fed to {other!r}, and one of the two is written to"
+                raise OptionError("PORT-0502", what, where=name, hint="feed a copy")
 
-def _spec(entry: dict) -> TensorSpec:
-    return TensorSpec(np.dtype(entry["dtype"]), tuple(entry["shape"]))
+
+def _spec(entry: dict[str, Any]) -> TensorSpec:
+    return TensorSpec(_dtype(entry["dtype"]), tuple(entry["shape"]))
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 
 def _lend(array: np.ndarray) -> tvm.runtime.Tensor:
-    """The array itself where a kernel can use it; kernels load whole vectors, so buffers must be aligned and dense."""
-    if not array.size or array.ctypes.data % 64 or not (array.flags.c_contiguous and array.flags.writeable):
+    """The array itself where a kernel can use it, else a copy."""
+    usable = (
+        array.size
+        and not array.ctypes.data % ALIGNMENT
+        and array.flags.c_contiguous
+        and array.flags.writeable
+    )
+    if not usable or array.dtype == ml_dtypes.bfloat16:
         return tvm.runtime.tensor(array)
     return tvm.runtime.from_dlpack(array)
 
 
-def _map_weights(path: Path, entries: list[dict]) -> list[tvm.runtime.Tensor]:
+def _taken_back(tensor: tvm.runtime.Tensor, array: np.ndarray) -> np.ndarray:
+    """The caller's array with what the program wrote; the program's own where that cannot be written to."""
+    made = _array(tensor)
+    if made.ctypes.data == array.ctypes.data or not array.size:
+        return array
+    if not array.flags.writeable:
+        return made
+    np.copyto(array, made)
+    return array
+
+
+def _array(tensor: tvm.runtime.Tensor) -> np.ndarray:
+    """The tensor's own memory as an array; numpy takes no bfloat16 over DLPack."""
+    return tensor.numpy() if str(tensor.dtype) == "bfloat16" else np.from_dlpack(tensor)
+
+
+def _map_weights(path: Path, entries: list[dict[str, Any]]) -> list[tvm.runtime.Tensor]:
     """Views of the mapped file; pages are read when first used and can be dropped again."""
-    if not entries:
-        return []
-    mapped = np.memmap(path, np.uint8, mode="c")
-    views = [mapped[e["offset"] : e["offset"] + e["bytes"]] for e in entries]
-    return [
-        tvm.runtime.from_dlpack(np.asarray(view).view(e["dtype"]).reshape(e["shape"]))
-        for view, e in zip(views, entries, strict=True)
-    ]
+    size = path.stat().st_size
+    if any(e["offset"] + e["bytes"] > size for e in entries):
+        raise ValueError(f"{path.name} has {size} bytes, fewer than its weights take")
+    mapped = np.memmap(path, np.uint8, mode="c") if size else np.empty(0, np.uint8)
+    return [_weight(mapped[e["offset"] : e["offset"] + e["bytes"]], e) for e in entries]
+
+
+def _weight(view: np.ndarray, entry: dict[str, Any]) -> tvm.runtime.Tensor:
+    array = np.asarray(view).view(_dtype(entry["dtype"])).reshape(entry["shape"])
+    return (
+        tvm.runtime.from_dlpack(array)
+        if array.dtype != ml_dtypes.bfloat16 and array.size
+        else tvm.runtime.tensor(array)
+    )

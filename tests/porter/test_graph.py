@@ -23,9 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from porter import graph, untrusted
+from porter import graph
 from porter.errors import ModelError, PorterError
-from porter.mapped import MappedTensor
+from porter.graph import untrusted
+from porter.graph.mapped import MappedTensor
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 

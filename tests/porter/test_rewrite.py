@@ -14,7 +14,7 @@ from porter.context import Context
 from porter.errors import PassError
 from porter.registry import find
 from porter.rewrite import NearMiss, Rewrite, explain
-from porter.symbols import Facts
+from porter.symbolic.symbols import Facts
 
 HEAD = '<ir_version: 12, opset_import: ["" : 24]> '
 

@@ -11,7 +11,7 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from porter.symbols import AXES, Choice, Facts, declared, dim, is_causal, same, symbol
+from porter.symbolic.symbols import AXES, Choice, Facts, declared, dim, is_causal, same, symbol
 
 SIZES = {"batch": 2, "sequence": 3, "past": 4}
 HEAD = '<ir_version: 12, opset_import: ["" : 24]> '

@@ -9,9 +9,13 @@ import onnx_ir as ir
 from tvm import relax
 
 from porter.errors import TargetError
-from porter.lower.importer.attributes import attribute
+from porter.lower.importer.attributes import attribute, axis_of
+from porter.lower.importer.broadcast import agreed
+from porter.lower.importer.parts import joined
+from porter.lower.importer.precision import cast, in_float32
 from porter.lower.importer.program import Importer
-from porter.lower.importer.values import Quantized, Value, Weight
+from porter.lower.importer.quantized import shape_of
+from porter.lower.importer.values import Quantized, Value
 from porter.lower.kernels import attention as kernels
 from porter.lower.kernels.cache import append
 from porter.lower.kernels.norm import rms_norm
@@ -20,45 +24,54 @@ from porter.lower.kernels.rotary import rotary
 op = relax.op
 
 
-def _attention(imp: Importer, node: ir.Node, q: Value, k: Value, v: Value, mask: Value | None = None,
-               past_key: Value | None = None, past_value: Value | None = None,
-               lengths: Value | None = None) -> tuple[Value | None, ...]:  # fmt: skip
-    if attribute(node, "qk_matmul_output_mode", 0) and len(node.outputs) > 3:
+@in_float32
+def _attention(
+    imp: Importer,
+    node: ir.Node,
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Value | None = None,
+    past_key: Value | None = None,
+    past_value: Value | None = None,
+    lengths: Value | None = None,
+) -> tuple[Value, ...]:
+    if len(node.outputs) > 3 and (node.outputs[3].uses() or node.outputs[3].is_graph_output()):
         raise TargetError(
             "PORT-0415", "an Attention that returns its scores has no lowering", where=imp.current
         )
     query, folded = _four_d(imp, node, imp.tensor(q), "q_num_heads")
-    key, value = (
-        t if isinstance(t, Quantized) else _four_d(imp, node, imp.tensor(t), "kv_num_heads")[0]
-        for t in (k, v)
-    )
-    if past_key is not None:
-        key = imp.emit(op.concat([imp.tensor(past_key), key], axis=2))
-        value = imp.emit(op.concat([imp.tensor(past_value), value], axis=2))
-    (keys, k_args, k_dims), (values, v_args, _) = _cache(imp, key), _cache(imp, value)
+    key, value = (_cached(imp, node, *pair) for pair in ((k, past_key), (v, past_value)))
+    (keys, k_args, k_dims), (values, v_args, _) = _reading(imp, key), _reading(imp, value)
     batch, heads, steps, width = imp.shape(query)
-    causal = bool(attribute(node, "is_causal", 0))
-    offset = "lengths" if lengths is not None else ("end" if past_key is not None else "start")
+    given = attribute(node, "scale")
     spec = kernels.Attention(
         query_heads=heads,
         heads=int(k_dims[1]),
         key=keys,
         value=values,
         length=k_dims[2] if isinstance(k_dims[2], int) else "t",
-        scale=float(attribute(node, "scale") or width**-0.5),
-        causal=causal,
-        offset=offset,
+        scale=width**-0.5 if given is None else float(given),
+        causal=bool(attribute(node, "is_causal", 0)),
+        offset="lengths" if lengths is not None else "end" if past_key is not None else "start",
         softcap=float(attribute(node, "softcap", 0.0)),
-        **_mask(imp, mask, k_dims[2]),
     )
-    args = [query, *k_args, *v_args, *([imp.tensor(lengths)] if lengths is not None else [])]
-    args += [_mask_tensor(imp, mask)] if mask is not None else []
+    args = [query, *k_args, *v_args]
+    if lengths is not None:
+        args.append(cast(imp, imp.tensor(lengths), "int64"))
+    if mask is not None:
+        tensor, spec = _masking(imp, mask, spec, [batch, heads, steps, k_dims[2]])
+        args.append(tensor)
     kernel = imp.kernel(("attention", spec), lambda: kernels.attention(spec))
     y = imp.call(kernel, args, [batch, heads, steps, values.width], "float32")
-    if folded:
-        turned = imp.emit(op.permute_dims(y, [0, 2, 1, 3]))
-        y = imp.emit(op.reshape(turned, [batch, steps, heads * values.width]))
-    return y, key if past_key is not None else None, value if past_key is not None else None
+    return _folded(imp, y) if folded else y, key, value
+
+
+def _folded(imp: Importer, y: relax.Expr) -> relax.Expr:
+    """[b, h, s, d] -> [b, s, h*d]."""
+    batch, heads, steps, width = imp.shape(y)
+    turned = imp.emit(op.permute_dims(y, [0, 2, 1, 3]))
+    return imp.emit(op.reshape(turned, [imp.dim(d) for d in (batch, steps, heads * width)]))
 
 
 def _four_d(imp: Importer, node: ir.Node, x: relax.Expr, heads: str) -> tuple[relax.Expr, bool]:
@@ -67,64 +80,72 @@ def _four_d(imp: Importer, node: ir.Node, x: relax.Expr, heads: str) -> tuple[re
     if len(dims) == 4:
         return x, False
     count = int(attribute(node, heads))
-    split = imp.emit(op.reshape(x, [dims[0], dims[1], count, dims[2] // count]))
-    return imp.emit(op.permute_dims(split, [0, 2, 1, 3])), True
+    split = [imp.dim(d) for d in (dims[0], dims[1], count, dims[2] // count)]
+    return imp.emit(op.permute_dims(imp.emit(op.reshape(x, split)), [0, 2, 1, 3])), True
 
 
-def _cache(imp: Importer, value: Value) -> tuple[kernels.Cache, list[relax.Expr], list[Any]]:
+def _cached(imp: Importer, node: ir.Node, new: Value, past: Value | None) -> Value:
+    """Keys or values, those of the past before them."""
+    new = new if isinstance(new, Quantized) else _four_d(imp, node, imp.tensor(new), "kv_num_heads")[0]
+    return new if past is None else joined(imp, [imp.tensor(past), imp.tensor(new)], 2)
+
+
+def _reading(imp: Importer, value: Value) -> tuple[kernels.Cache, list[relax.Expr], list[Any]]:
     """How the kernel reads keys or values, its arguments, and their dimensions as floats."""
     if isinstance(value, Quantized):
-        dims = imp.shape(value.codes)
-        width = dims[3] * (2 if value.codec == "int4" else 1)
-        if value.axis == 3 and value.block == width:
-            return kernels.Cache(value.codec, width), [value.codes, imp.tensor(value.scales)], dims
+        dims = shape_of(imp, value)
+        one_scale_per_token = len(dims) == 4 and value.axis == 3 and value.block == dims[3]
+        if one_scale_per_token and value.scales is not None and imp.dtype(value.scales) == "float32":
+            return kernels.Cache(value.codec, dims[3]), [value.codes, value.scales], dims
     tensor = imp.tensor(value)
     return kernels.Cache("fp32", imp.shape(tensor)[3]), [tensor], imp.shape(tensor)
 
 
-def _mask(imp: Importer, mask: Value | None, length: Any) -> dict[str, Any]:
-    if mask is None:
-        return {}
-    tensor = _mask_tensor(imp, mask)
-    dims = imp.shape(tensor)
-    if not imp.same(dims[3], length):
-        raise TargetError("PORT-0415", "a mask shorter than the keys has no lowering", where=imp.current)
-    names = ("b", dims[1], "s", length if isinstance(length, int) else "t")
-    shape = tuple(1 if d == 1 else name for d, name in zip(dims, names, strict=True))
-    return {"mask": shape, "mask_dtype": str(tensor.ty.dtype)}
-
-
-def _mask_tensor(imp: Importer, mask: Value) -> relax.Expr:
+def _masking(
+    imp: Importer, mask: Value, spec: kernels.Attention, whole: list[Any]
+) -> tuple[relax.Expr, kernels.Attention]:
+    """The mask in four dimensions, each 1 or that of `whole` (batch, heads, steps, keys), and the kernel for it."""
     tensor = imp.tensor(mask)
-    missing = 4 - len(tensor.ty.shape)
-    return imp.emit(op.expand_dims(tensor, list(range(missing)))) if missing else tensor
+    missing = 4 - len(imp.shape(tensor))
+    tensor = imp.emit(op.expand_dims(tensor, list(range(missing)))) if missing else tensor
+    dims, dtype = imp.shape(tensor), str(tensor.ty.dtype)
+    if isinstance(dims[3], int) and isinstance(whole[3], int) and dims[3] != whole[3]:
+        raise TargetError("PORT-0415", "a mask shorter than the keys has no lowering", where=imp.current)
+    if dtype not in ("bool", "float32"):
+        raise TargetError("PORT-0415", f"a mask of type {dtype} has no lowering", where=imp.current)
+    kept = [a if imp.same(a, 1) else b for a, b in zip(dims, whole, strict=True)]
+    names = ("b", whole[1], "s", spec.length)
+    shape = tuple(1 if imp.same(d, 1) else name for d, name in zip(dims, names, strict=True))
+    return agreed(imp, tensor, kept), kernels.with_mask(spec, shape, dtype)
 
 
+@in_float32
 def _rms_norm(imp: Importer, node: ir.Node, x: Value, scale: Value) -> Value:
     tensor = imp.tensor(x)
     dims = imp.shape(tensor)
-    axis = int(attribute(node, "axis", -1))
-    if axis not in (-1, len(dims) - 1) or not isinstance(dims[-1], int):
+    axis = axis_of(node, len(dims), -1)
+    rows, width = imp.product(dims[:axis]), imp.product(dims[axis:])
+    if not isinstance(width, int):
         raise TargetError(
-            "PORT-0415", "an RMSNormalization over several axes has no lowering", where=imp.current
+            "PORT-0415", "an RMSNormalization over a symbolic axis has no lowering", where=imp.current
         )
     epsilon = float(attribute(node, "epsilon", 1e-5))
-    weight = _vector(imp, scale, dims[-1])
-    rows: Any = 1
-    for dim in dims[:-1]:
-        rows = rows * dim
-    kernel = imp.kernel(("rms_norm", dims[-1], epsilon), lambda: rms_norm(dims[-1], epsilon))
-    flat = imp.emit(op.reshape(tensor, [rows, dims[-1]]))
-    return imp.emit(op.reshape(imp.call(kernel, [flat, weight], [rows, dims[-1]], "float32"), dims))
+    kernel = imp.kernel(("rms_norm", width, epsilon), lambda: rms_norm(width, epsilon))
+    flat = imp.emit(op.reshape(tensor, [imp.dim(rows), imp.dim(width)]))
+    y = imp.call(kernel, [flat, _spread(imp, scale, dims[axis:], width)], [rows, width], "float32")
+    return imp.emit(op.reshape(y, [imp.dim(d) for d in dims]))
 
 
-def _vector(imp: Importer, value: Value, width: int) -> relax.Expr:
-    """A [width] tensor; a scale of one element is spread."""
-    if imp.shape(value) == [width] and isinstance(value, Weight):
-        return imp.tensor(value)
-    return imp.emit(op.broadcast_to(imp.tensor(value), [width]))
+def _spread(imp: Importer, value: Value, dims: list[Any], width: int) -> relax.Expr:
+    """A [width] tensor of one that broadcasts to `dims`."""
+    tensor = imp.tensor(value)
+    if imp.shape(tensor) == [width]:
+        return tensor
+    whole = imp.emit(op.broadcast_to(tensor, [imp.dim(d) for d in dims]))
+    return imp.emit(op.reshape(whole, [imp.dim(width)]))
 
 
+@in_float32
 def _rotary(
     imp: Importer, node: ir.Node, x: Value, cos: Value, sin: Value, positions: Value | None = None
 ) -> Value:
@@ -133,39 +154,40 @@ def _rotary(
     rotated = int(attribute(node, "rotary_embedding_dim", 0)) or width
     interleaved = bool(attribute(node, "interleaved", 0))
     c, s = imp.tensor(cos), imp.tensor(sin)
-    table = None if positions is None else _static(imp.shape(c)[0])
-    cos_batch = 1 if positions is None and imp.shape(c)[0] == 1 else "b"
+    rows = imp.shape(c)[0]
+    table = None if positions is None else rows if isinstance(rows, int) else "rows"
+    cos_batch = 1 if positions is None and imp.same(rows, 1) else "b"
     key = ("rotary", heads, width, rotated, interleaved, table, cos_batch)
     kernel = imp.kernel(
         key, lambda: rotary(heads, width, rotated, interleaved=interleaved, table=table, cos_batch=cos_batch)
     )
-    args = [query, c, s, *([imp.tensor(positions)] if positions is not None else [])]
+    args = [query, c, s, *([cast(imp, imp.tensor(positions), "int64")] if positions is not None else [])]
     y = imp.call(kernel, args, [batch, heads, steps, width], "float32")
-    if not folded:
-        return y
-    return imp.emit(op.reshape(op.permute_dims(y, [0, 2, 1, 3]), [batch, steps, heads * width]))
-
-
-def _static(dim: Any) -> int | str:
-    return dim if isinstance(dim, int) else "rows"
+    return _folded(imp, y) if folded else y
 
 
 def _scatter(imp: Importer, node: ir.Node, past: Value, update: Value, starts: Value | None = None) -> Value:
     """Writes into the caller's buffer where the cache is the graph's own input, else into a copy."""
     cache, new = imp.tensor(past), imp.tensor(update)
-    batch, heads, capacity, width = imp.shape(cache)
-    if int(attribute(node, "axis", -2)) not in (-2, 2) or not isinstance(capacity, int):
-        raise TargetError(
-            "PORT-0415", "a TensorScatter on another axis than 2 has no lowering", where=imp.current
-        )
+    dims = imp.shape(cache)
+    fixed = len(dims) == 4 and all(isinstance(d, int) for d in dims[1:])
+    if not fixed or axis_of(node, 4, -2) != 2:
+        what = "only a TensorScatter on axis 2 of 4, all but the batch of fixed size, has a lowering"
+        raise TargetError("PORT-0415", what, where=imp.current)
+    batch, heads, capacity, width = dims
     circular = attribute(node, "mode", "linear") == "circular"
     dtype = str(cache.ty.dtype)
-    if not imp.is_input(cache):
-        cache = imp.emit(op.add(cache, relax.const(0, dtype)))
-    first = imp.tensor(starts) if starts is not None else imp.emit(op.zeros([batch], "int64"))
+    lent = imp.lent(node)
+    first = (
+        cast(imp, imp.tensor(starts), "int64")
+        if starts is not None
+        else imp.emit(op.zeros([imp.dim(batch)], "int64"))
+    )
     key = ("append", heads, capacity, width, dtype, circular)
     kernel = imp.kernel(key, lambda: append(heads, capacity, width, dtype, circular=circular))
-    return imp.call_in_place(kernel, [cache, new, first])
+    return imp.overwrite(
+        kernel, [cache if lent else imp.copied(cache), new, first], node.inputs[0].name if lent else None
+    )
 
 
 TABLE: dict[str, Callable[..., Value]] = {

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
+from porter.lower.importer.precision import in_float32
 from porter.lower.importer.program import Importer
 from porter.lower.importer.values import Value
 
@@ -21,16 +22,10 @@ NAMES = (
     "Selu",
     "Softplus",
     "LogSoftmax",
-    "Sign",
     "Clip",
-    "Xor",
-    "Mod",
     "ArgMax",
     "ArgMin",
-    "ReduceProd",
-    "ReduceL2",
     "Pad",
-    "GatherElements",
     "Conv",
 )
 
@@ -41,12 +36,12 @@ def _borrow(name: str) -> Callable[..., Value]:
         args.extend(None if v is None else imp.tensor(v) for v in inputs)
         attributes: dict[str, Any] = {a.name: a.value for a in node.attributes.values()}
         attributes["tvm_custom"] = {"name": node.name, "num_outputs": len(node.outputs)}
-        convert = onnx_frontend._get_convert_map()[name].get_converter(imp.model.opset_imports.get("", 23))
+        convert = onnx_frontend._get_convert_map()[name].get_converter(imp.opset)
         result = convert(imp.builder, args, attributes, ({}, {}))
         first = result.fields[0] if isinstance(result, relax.Tuple) else result
         return imp.emit(first)
 
-    return run
+    return in_float32(run)
 
 
 TABLE: dict[str, Callable[..., Value]] = {name: _borrow(name) for name in NAMES}

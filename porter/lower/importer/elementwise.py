@@ -1,4 +1,4 @@
-"""Elementwise operators and casts; integer ones stay symbolic where their inputs are."""
+"""Elementwise operators; integer ones stay symbolic where their inputs are."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ from tvm import relax, te, tirx
 from tvm.ir import Expr
 
 from porter.lower.importer.attributes import attribute
-from porter.lower.importer.program import DTYPES, SMALL, Importer
-from porter.lower.importer.values import Ints, Value, Weight
+from porter.lower.importer.broadcast import broadcast_dims, broadcastable
+from porter.lower.importer.precision import cast, in_float32
+from porter.lower.importer.program import Importer
+from porter.lower.importer.values import Ints, Value
 
 op = relax.op
-
-
-def _ints_pair(imp: Importer, a: Value, b: Value) -> tuple[Ints, Ints] | None:
-    """Both as Ints when at least one is symbolic and the other is known too."""
-    if not (isinstance(a, Ints) or isinstance(b, Ints)):
-        return None
-    return None if (x := as_ints(imp, a)) is None or (y := as_ints(imp, b)) is None else (x, y)
 
 
 def as_ints(imp: Importer, value: Value | None) -> Ints | None:
@@ -31,47 +26,127 @@ def as_ints(imp: Importer, value: Value | None) -> Ints | None:
     entries = imp.ints(value) if value is not None else None
     if entries is None or len(value.shape) > 1:
         return None
-    return Ints.of(entries if len(value.shape) else entries[0])
+    return Ints.of(entries if len(value.shape) else entries[0], imp.dtype(value))
 
 
-def _binary(tensor_op: Callable[..., Any], int_op: Callable[[Any, Any], Any] | None) -> Callable[..., Value]:
+def _ints_pair(imp: Importer, a: Value, b: Value) -> tuple[Ints, Ints] | None:
+    """Both as Ints when at least one of them is and the other is known too."""
+    if not (isinstance(a, Ints) or isinstance(b, Ints)):
+        return None
+    return None if (x := as_ints(imp, a)) is None or (y := as_ints(imp, b)) is None else (x, y)
+
+
+def _on_ints(function: Callable[..., Any], *values: Ints, dtype: str | None = None) -> Ints | None:
+    """`function` entry by entry; None when it returns None for any of them."""
+    arrays = np.broadcast_arrays(*(v.values for v in values))
+    entries = [function(*row) for row in zip(*(a.reshape(-1) for a in arrays), strict=True)]
+    if any(e is None for e in entries):
+        return None
+    return Ints.of(entries if arrays[0].ndim else entries[0], dtype or values[0].dtype)
+
+
+def _binary(
+    tensor_op: Callable[..., Any], int_op: Callable[..., Any] | None = None, *, answers: bool = False
+) -> Callable[..., Value]:
+    """`int_op(imp, a, b)` on known integers, None where it cannot tell; `answers` says that results are bool."""
+
     def run(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
         pair = _ints_pair(imp, a, b) if int_op else None
-        if pair:
-            out = np.vectorize(int_op, otypes=[object])(pair[0].values, pair[1].values)
-            return Ints(np.asarray(np.vectorize(imp.simplify, otypes=[object])(out), object))
-        return imp.emit(tensor_op(imp.tensor(a), imp.tensor(b)))
+        known = (
+            _on_ints(lambda x, y: int_op(imp, x, y), *pair, dtype="bool" if answers else None)
+            if pair
+            else None
+        )
+        return known or imp.emit(tensor_op(*broadcastable(imp, imp.tensor(a), imp.tensor(b))))
 
     return run
 
 
-def _unary(tensor_op: Callable[..., Any]) -> Callable[..., Value]:
-    return lambda imp, node, x: imp.emit(tensor_op(imp.tensor(x)))
+def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    return lambda imp, a, b: imp.simplify(function(a, b))
 
 
-def _divide(a: Any, b: Any) -> Any:
-    """ONNX integer division rounds toward zero; dimensions are not negative, so that is floor."""
-    return tirx.floordiv(a, b) if isinstance(a, Expr) or isinstance(b, Expr) else int(a / b)
+def _comparison(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Decided where it holds, or fails, for all sizes within their bounds."""
+
+    def decide(imp: Importer, a: Any, b: Any) -> int | None:
+        found = imp.holds(function(a, b))
+        return None if found is None else int(found)
+
+    return decide
+
+
+def _equal(a: Any, b: Any) -> Any:
+    """An Expr's own == compares structure, not value."""
+    return tirx.EQ(tirx.convert(a), tirx.convert(b)) if isinstance(a, Expr) or isinstance(b, Expr) else a == b
+
+
+def _quotient(imp: Importer, a: Any, b: Any) -> Any:
+    """ONNX rounds toward zero, which for sizes is down."""
+    if isinstance(a, int) and isinstance(b, int):
+        return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+    positive = imp.holds(a >= 0) and imp.holds(b > 0)
+    return imp.simplify((tirx.floordiv if positive else tirx.truncdiv)(tirx.convert(a), tirx.convert(b)))
+
+
+def _remainder(imp: Importer, a: Any, b: Any) -> Any:
+    return a % b if isinstance(a, int) and isinstance(b, int) else imp.simplify(tirx.floormod(a, b))
+
+
+def _safely(divide: Callable[[Expr, Expr], Expr], by_minus_one: Callable[[Expr], Expr]) -> Callable[..., Any]:
+    """Integer division that cannot trap: x / 0 is 0, and the lowest integer / -1 wraps around, as it does in numpy."""
+
+    def element(x: Expr, y: Expr) -> Expr:
+        zero, one = tirx.IntImm(str(x.ty.dtype), 0), tirx.IntImm(str(x.ty.dtype), 1)
+        unsigned = str(x.ty.dtype).startswith("u")
+        trap = y == zero if unsigned else tirx.any(y == zero, y == zero - one)
+        plain = divide(x, tirx.Select(trap, one, y))
+        special = zero if unsigned else tirx.Select(y == zero, zero, by_minus_one(x))
+        return tirx.Select(trap, special, plain)
+
+    return element
+
+
+def _by_element(element: Callable[[Expr, Expr], Expr], name: str) -> Callable[..., Any]:
+    """A tensor operator from one on scalars."""
+
+    def run(imp: Importer, a: relax.Expr, b: relax.Expr) -> relax.Expr:
+        x, y = broadcastable(imp, a, b)
+        whole = broadcast_dims(imp, imp.shape(x), imp.shape(y))
+        x, y = (imp.emit(op.broadcast_to(t, [imp.dim(d) for d in whole])) for t in (x, y))
+        return imp.te(lambda p, q: te.compute(p.shape, lambda *i: element(p(*i), q(*i))), x, y, name=name)
+
+    return run
+
+
+_truncdiv = _by_element(_safely(tirx.truncdiv, lambda x: tirx.IntImm(str(x.ty.dtype), 0) - x), "truncdiv")
+_floormod = _by_element(_safely(tirx.floormod, lambda x: tirx.IntImm(str(x.ty.dtype), 0)), "floormod")
+_truncmod = _by_element(_safely(tirx.truncmod, lambda x: tirx.IntImm(str(x.ty.dtype), 0)), "truncmod")
+_fmod = _by_element(tirx.fmod, "fmod")
 
 
 def _div(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
-    if _ints_pair(imp, a, b):
-        return _binary(op.divide, _divide)(imp, node, a, b)
+    if (pair := _ints_pair(imp, a, b)) is not None:
+        return _on_ints(lambda x, y: _quotient(imp, x, y), *pair)
     x, y = imp.tensor(a), imp.tensor(b)
-    if "int" in str(x.ty.dtype):
-        return imp.te(lambda p, q: te.compute(p.shape, lambda *i: tirx.truncdiv(p(*i), q(*i))), *_broadcast(imp, x, y),
-                      name="truncdiv")  # fmt: skip
-    return imp.emit(op.divide(x, y))
+    return (
+        _truncdiv(imp, x, y) if "int" in str(x.ty.dtype) else imp.emit(op.divide(*broadcastable(imp, x, y)))
+    )
 
 
-def _broadcast(imp: Importer, a: relax.Expr, b: relax.Expr) -> list[relax.Expr]:
-    shape = imp.emit(op.add(a, b)).ty.shape
-    return [imp.emit(op.broadcast_to(v, shape)) for v in (a, b)]
+def _mod(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
+    """The sign is the divisor's, or with `fmod` the dividend's."""
+    like_c = bool(attribute(node, "fmod", 0))
+    if (pair := _ints_pair(imp, a, b)) is not None and not like_c:
+        return _on_ints(lambda x, y: _remainder(imp, x, y), *pair)
+    x, y = imp.tensor(a), imp.tensor(b)
+    if "int" not in str(x.ty.dtype):
+        return _fmod(imp, x, y)
+    return (_truncmod if like_c else _floormod)(imp, x, y)
 
 
-def _extreme(tensor_op: Callable[..., Any], int_op: Callable[[Any, Any], Any]) -> Callable[..., Value]:
-    """Min and Max of any number of inputs."""
-    pairwise = _binary(tensor_op, int_op)
+def _many(pairwise: Callable[..., Value]) -> Callable[..., Value]:
+    """Min, Max and Sum of any number of inputs."""
 
     def run(imp: Importer, node: ir.Node, *inputs: Value) -> Value:
         result = inputs[0]
@@ -82,91 +157,68 @@ def _extreme(tensor_op: Callable[..., Any], int_op: Callable[[Any, Any], Any]) -
     return run
 
 
-def _equal_ints(imp: Importer, a: Any, b: Any) -> bool | None:
-    """Provably equal, provably not, or None."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    x, y = tirx.convert(a), tirx.convert(b)
-    if imp.analyzer.can_prove_equal(x, y):
-        return True
-    return False if imp.analyzer.can_prove(x != y) else None
-
-
-def _equal(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
-    pair = _ints_pair(imp, a, b)
-    if pair:
-        x, y = np.broadcast_arrays(pair[0].values, pair[1].values)
-        known = [_equal_ints(imp, p, q) for p, q in zip(x.reshape(-1), y.reshape(-1), strict=True)]
-        if None not in known:
-            return Ints.of([int(k) for k in known] if x.ndim else int(known[0]))
-    return imp.emit(op.equal(imp.tensor(a), imp.tensor(b)))
-
-
-def _where(imp: Importer, node: ir.Node, condition: Value, a: Value, b: Value) -> Value:
-    known = as_ints(imp, condition) if isinstance(condition, Ints) else None
-    x, y = as_ints(imp, a), as_ints(imp, b)
-    if known is not None and x is not None and y is not None:
-        chosen = np.broadcast_arrays(known.values, x.values, y.values)
-        flat = [p if c else q for c, p, q in zip(*(v.reshape(-1) for v in chosen), strict=True)]
-        return Ints.of(flat if chosen[0].ndim else flat[0])
-    test = imp.tensor(condition)
-    test = test if str(test.ty.dtype) == "bool" else imp.emit(op.astype(test, "bool"))
-    return imp.emit(op.where(test, imp.tensor(a), imp.tensor(b)))
-
-
-def _cast(imp: Importer, node: ir.Node, x: Value) -> Value:
-    return _cast_to(imp, x, ir.DataType(attribute(node, "to")))
-
-
-def _cast_like(imp: Importer, node: ir.Node, x: Value, like: Value) -> Value:
-    if isinstance(like, Ints):
-        return _cast_to(imp, x, ir.DataType.INT64)
-    return _cast_to(
-        imp, x, like.value.dtype if isinstance(like, Weight) else node.inputs[1].dtype or _type(imp, like)
+def _smaller(a: Any, b: Any) -> Any:
+    return (
+        min(a, b) if isinstance(a, int) and isinstance(b, int) else tirx.min(tirx.convert(a), tirx.convert(b))
     )
 
 
-def _type(imp: Importer, value: Value) -> ir.DataType:
-    return next(t for t, name in DTYPES.items() if name == str(imp.tensor(value).ty.dtype))
+def _larger(a: Any, b: Any) -> Any:
+    return (
+        max(a, b) if isinstance(a, int) and isinstance(b, int) else tirx.max(tirx.convert(a), tirx.convert(b))
+    )
 
 
-def _cast_to(imp: Importer, x: Value, to: ir.DataType) -> Value:
-    if isinstance(x, Ints) and to in (ir.DataType.INT64, ir.DataType.INT32):
-        return x
-    if isinstance(x, Weight) and x.value.const_value.size <= SMALL:
-        name = f"{x.value.name}_{to.name.lower()}"
-        cast = ir.tensor(x.numpy().astype(to.numpy()), name=name)
-        return Weight(ir.Value(name=name, const_value=cast, type=ir.TensorType(to)))
-    tensor = imp.tensor(x)
-    if str(tensor.ty.dtype) == "bool" or DTYPES[to] != "bool":
-        return imp.emit(op.astype(tensor, DTYPES[to]))
-    return imp.emit(op.not_equal(tensor, relax.const(0, str(tensor.ty.dtype))))
+def _not(imp: Importer, node: ir.Node, x: Value) -> Value:
+    if isinstance(x, Ints) and all(isinstance(v, int) for v in x.flat()):
+        return _on_ints(lambda v: int(not v), x)
+    return imp.emit(op.logical_not(imp.tensor(x)))
+
+
+def _neg(imp: Importer, node: ir.Node, x: Value) -> Value:
+    return _on_ints(lambda v: -v, x) if isinstance(x, Ints) else imp.emit(op.negative(imp.tensor(x)))
+
+
+def _where(imp: Importer, node: ir.Node, condition: Value, a: Value, b: Value) -> Value:
+    x, y = as_ints(imp, a), as_ints(imp, b)
+    if isinstance(condition, Ints) and x is not None and y is not None:
+        chosen = _on_ints(lambda c, p, q: (p if c else q) if isinstance(c, int) else None, condition, x, y)
+        if chosen is not None:
+            return Ints(chosen.values, x.dtype)
+    test = cast(imp, imp.tensor(condition), "bool")
+    return imp.emit(op.where(*broadcastable(imp, test, imp.tensor(a), imp.tensor(b))))
+
+
+def _unary(tensor_op: Callable[..., Any]) -> Callable[..., Value]:
+    return lambda imp, node, x: imp.emit(tensor_op(imp.tensor(x)))
 
 
 def _pow(imp: Importer, node: ir.Node, x: Value, y: Value) -> Value:
-    exponent = imp.array(y)
-    base = imp.tensor(x)
-    if exponent is not None and exponent.size == 1 and float(exponent.reshape(-1)[0]) == 2.0:
+    exponent, base = imp.array(y), imp.tensor(x)
+    if (
+        exponent is not None
+        and exponent.size == 1
+        and exponent.ndim <= len(imp.shape(base))
+        and exponent.item() == 2
+    ):
         return imp.emit(op.multiply(base, base))  # powf is neither fast nor exact for squares
-    power = imp.tensor(y)
-    if str(power.ty.dtype) != str(base.ty.dtype):
-        power = imp.emit(op.astype(power, str(base.ty.dtype)))
-    return imp.emit(op.power(base, power))
+    dtype = str(base.ty.dtype)
+    wide = dtype if dtype in ("float32", "float64") else "float64" if "int" in dtype else "float32"
+    pair = broadcastable(imp, cast(imp, base, wide), cast(imp, imp.tensor(y), wide))
+    return cast(imp, imp.emit(op.power(*pair)), dtype)
 
 
 def _swish(imp: Importer, node: ir.Node, x: Value) -> Value:
     """x * sigmoid(alpha x) (opset 24)."""
     tensor, alpha = imp.tensor(x), float(attribute(node, "alpha", 1.0))
-    scaled = tensor if alpha == 1.0 else op.multiply(tensor, relax.const(alpha, "float32"))
+    scaled = tensor if alpha == 1.0 else op.multiply(tensor, relax.const(alpha, str(tensor.ty.dtype)))
     return imp.emit(op.multiply(tensor, op.sigmoid(scaled)))
 
 
 def _gelu(imp: Importer, node: ir.Node, x: Value) -> Value:
     """0.5 x (1 + erf(x / sqrt 2)), or the tanh form."""
-    tensor = imp.tensor(x)
-    return imp.emit(
-        op.nn.gelu_tanh(tensor) if attribute(node, "approximate", "none") == "tanh" else op.nn.gelu(tensor)
-    )
+    by_tanh = attribute(node, "approximate", "none") == "tanh"
+    return imp.emit((op.nn.gelu_tanh if by_tanh else op.nn.gelu)(imp.tensor(x)))
 
 
 def _round(imp: Importer, node: ir.Node, x: Value) -> Value:
@@ -174,6 +226,16 @@ def _round(imp: Importer, node: ir.Node, x: Value) -> Value:
     return imp.te(
         lambda t: te.compute(t.shape, lambda *i: tirx.nearbyint(t(*i))), imp.tensor(x), name="round"
     )
+
+
+def _is_inf(imp: Importer, node: ir.Node, x: Value) -> Value:
+    tensor = imp.tensor(x)
+    zero, found = relax.const(0, str(tensor.ty.dtype)), op.isinf(tensor)
+    if not attribute(node, "detect_negative", 1):
+        found = op.logical_and(found, op.greater(tensor, zero))
+    if not attribute(node, "detect_positive", 1):
+        found = op.logical_and(found, op.less(tensor, zero))
+    return imp.emit(found)
 
 
 def _same(imp: Importer, node: ir.Node, x: Value, *rest: Value) -> Value:
@@ -189,32 +251,33 @@ def _softmax(imp: Importer, node: ir.Node, x: Value) -> Value:
     return imp.emit(op.nn.softmax(imp.tensor(x), axis=int(attribute(node, "axis", -1))))
 
 
+_add = _binary(op.add, _arithmetic(lambda a, b: a + b))
+
 TABLE: dict[str, Callable[..., Value]] = {
-    "Add": _binary(op.add, lambda a, b: a + b),
-    "Sub": _binary(op.subtract, lambda a, b: a - b),
-    "Mul": _binary(op.multiply, lambda a, b: a * b),
+    "Add": _add,
+    "Sub": _binary(op.subtract, _arithmetic(lambda a, b: a - b)),
+    "Mul": _binary(op.multiply, _arithmetic(lambda a, b: a * b)),
     "Div": _div,
-    "Min": _extreme(
-        op.minimum, lambda a, b: min(a, b) if isinstance(a, int) and isinstance(b, int) else tirx.min(a, b)
-    ),
-    "Max": _extreme(
-        op.maximum, lambda a, b: max(a, b) if isinstance(a, int) and isinstance(b, int) else tirx.max(a, b)
-    ),
+    "Mod": _mod,
+    "Min": _many(_binary(op.minimum, _arithmetic(_smaller))),
+    "Max": _many(_binary(op.maximum, _arithmetic(_larger))),
+    "Sum": _many(_add),
     "Pow": _pow,
-    "Equal": _equal,
-    "Less": _binary(op.less, None),
-    "LessOrEqual": _binary(op.less_equal, None),
-    "Greater": _binary(op.greater, None),
-    "GreaterOrEqual": _binary(op.greater_equal, None),
-    "And": _binary(op.logical_and, None),
-    "Or": _binary(op.logical_or, None),
-    "Not": _unary(op.logical_not),
+    "Equal": _binary(op.equal, _comparison(_equal), answers=True),
+    "Less": _binary(op.less, _comparison(lambda a, b: a < b), answers=True),
+    "LessOrEqual": _binary(op.less_equal, _comparison(lambda a, b: a <= b), answers=True),
+    "Greater": _binary(op.greater, _comparison(lambda a, b: a > b), answers=True),
+    "GreaterOrEqual": _binary(op.greater_equal, _comparison(lambda a, b: a >= b), answers=True),
+    "And": _binary(op.logical_and, lambda imp, a, b: int(a and b), answers=True),
+    "Or": _binary(op.logical_or, lambda imp, a, b: int(a or b), answers=True),
+    "Xor": _binary(op.logical_xor, lambda imp, a, b: int(a != b), answers=True),
+    "Not": _not,
     "IsNaN": _unary(op.isnan),
+    "IsInf": _is_inf,
     "Where": _where,
-    "Cast": _cast,
-    "CastLike": _cast_like,
-    "Neg": _unary(op.negative),
+    "Neg": _neg,
     "Abs": _unary(op.abs),
+    "Sign": _unary(op.sign),
     "Sqrt": _unary(op.sqrt),
     "Reciprocal": _reciprocal,
     "Exp": _unary(op.exp),
@@ -229,8 +292,8 @@ TABLE: dict[str, Callable[..., Value]] = {
     "Ceil": _unary(op.ceil),
     "Round": _round,
     "Swish": _swish,
-    "Gelu": _gelu,
-    "Softmax": _softmax,
+    "Gelu": in_float32(_gelu),
+    "Softmax": in_float32(_softmax),
     "Identity": _same,
     "Dropout": _same,
 }

@@ -10,14 +10,17 @@ import numpy as np
 import onnx_ir as ir
 import tvm
 from tvm import relax, tirx
-from tvm.ir import Expr
+from tvm.ir import Constant, Expr
 
 from porter.errors import ModelError, PorterError, TargetError
-from porter.lower.importer.values import Ints, Quantized, Value, Weight
+from porter.lower.importer.dimensions import Dimensions
+from porter.lower.importer.values import Ints, Quantized, Sequence, Value, Weight
 from porter.lower.kernels import integers
+from porter.lower.kernels.copy import copied
 from porter.lower.weights import Parameter, Weights
 
 SMALL = 16  # constants of at most this many elements are written into the program; larger ones are parameters
+OLDEST = 13  # the first opset whose operators mean what the importers take them to mean
 
 # TVM type of an ONNX tensor; formats that LLVM computes wrongly travel as bytes (kernels decode them).
 DTYPES = {
@@ -30,10 +33,12 @@ DTYPES = {
     ir.DataType.INT16: "int16",
     ir.DataType.INT8: "int8",
     ir.DataType.UINT8: "uint8",
+    ir.DataType.UINT16: "uint16",
     ir.DataType.UINT32: "uint32",
     ir.DataType.UINT64: "uint64",
     ir.DataType.BOOL: "bool",
 }
+INDEX_TYPES = (ir.DataType.INT64, ir.DataType.INT32)
 
 
 @dataclass
@@ -43,7 +48,8 @@ class Imported:
     module: tvm.IRModule
     parameters: list[Parameter]
     in_place: dict[str, str]
-    sources: dict[str, list[str]]  # kernel name -> the ONNX nodes that it computes
+    sources: dict[str, str]  # variable of `main` -> the ONNX node that it is a result of
+    bounds: dict[str, int]  # of the symbolic dimensions in use
 
 
 class Importer:
@@ -52,35 +58,48 @@ class Importer:
     def __init__(self, model: ir.Model, bounds: dict[str, int]) -> None:
         """`bounds` are upper bounds of symbolic dimensions: they plan memory, and prove clamped sizes equal."""
         self.model = model
-        self.bounds = bounds
+        self.opset = model.opset_imports.get("", OLDEST)
         self.builder = relax.BlockBuilder()
-        self.analyzer = tvm.sym.Analyzer()
-        self.symbols: dict[str, tirx.Var] = {}
+        self.given = [v for v in model.graph.inputs if not v.is_initializer()]
+        self.dimensions = Dimensions(bounds, self.given)
+        self.simplify, self.same, self.holds = (
+            self.dimensions.simplify,
+            self.dimensions.same,
+            self.dimensions.holds,
+        )
         self.weights = Weights()
         self.in_place: dict[str, str] = {}
-        self.sources: dict[str, list[str]] = {}
+        self.sources: dict[str, str] = {}
+        self.current = ""  # the node being imported, for messages
         self._values: dict[ir.Value, Value] = {}
         self._kernels: dict[Hashable, relax.GlobalVar] = {}
-        self._inputs: dict[relax.Var, str] = {}
-        self.current = ""  # the node being imported, for messages
+        self._written: dict[relax.Var, str] = {}  # results that are an input's own buffer
 
     def run(self) -> Imported:
         """Import the whole graph.
 
-        Raises TargetError PORT-0410 for an operator without importer and PORT-0411 when one cannot be lowered.
+        Raises TargetError PORT-0410 for an operator without importer, PORT-0411 when one cannot be lowered, PORT-0413
+        to PORT-0417, PORT-0419 and PORT-0420 for what the lowering does not take, ModelError PORT-0412.
         """
-        graph = self.model.graph
-        inputs = [self._input(v) for v in graph.inputs if not v.is_initializer()]
-        known = {name: bound for name, bound in self.bounds.items() if name in self.symbols}
-        attrs = {"tir_var_upper_bound": known, "num_input": len(inputs)}
+        if self.opset < OLDEST:
+            raise TargetError(
+                "PORT-0420", f"opset {self.opset} is too old to be lowered", hint="run clean.opset first"
+            )
+        inputs = [self._input(i, v) for i, v in enumerate(self.given)]
+        attrs = {"tir_var_upper_bound": self.dimensions.upper, "num_input": len(inputs)}
         with self.builder.function("main", attrs=attrs):
             with self.builder.dataflow():
-                for node in graph:
+                for node in self.model.graph:
                     self._node(node)
-                outputs = [self.builder.emit_output(self.tensor(self.value(v))) for v in graph.outputs]
-            self._name_in_place(outputs)
+                outputs = self._outputs()
             self.builder.emit_func_output(relax.Tuple(outputs), [*inputs, *self.weights.variables])
-        return Imported(self.builder.finalize(), self.weights.parameters, self.in_place, self.sources)
+        return Imported(
+            self.builder.finalize(),
+            self.weights.parameters,
+            self.in_place,
+            self.sources,
+            self.dimensions.upper,
+        )
 
     # What operator functions use.
 
@@ -90,9 +109,10 @@ class Importer:
             return None
         if value not in self._values:
             if value.const_value is None:
-                raise ModelError(
-                    "PORT-0412", "a value is used before anything makes it", where=value.name or "?"
+                what = (
+                    "a value is used that nothing makes, or that is a second result its operator lacks here"
                 )
+                raise ModelError("PORT-0412", what, where=value.name or "?")
             self._values[value] = Weight(value)
         return self._values[value]
 
@@ -106,13 +126,15 @@ class Importer:
             from porter.lower.importer.quantized import expand  # it uses the importer's kernels
 
             return expand(self, value)
+        if isinstance(value, Sequence):
+            raise TargetError("PORT-0415", "a sequence stands where a tensor belongs", where=self.current)
         return value
 
     def ints(self, value: Value | None) -> list[Any] | None:
         """The entries of a value that is known at import, else None."""
         if isinstance(value, Ints):
             return value.flat()
-        if isinstance(value, Weight) and value.value.dtype in (ir.DataType.INT64, ir.DataType.INT32):
+        if isinstance(value, Weight) and value.type in INDEX_TYPES:
             return [int(v) for v in value.numpy().reshape(-1)]
         return None
 
@@ -122,21 +144,25 @@ class Importer:
 
     def emit(self, expr: relax.Expr) -> relax.Var:
         """Bind an expression."""
-        return self.builder.emit(expr)
+        return self._made(self.builder.emit(expr))
 
     def te(self, function: Callable[..., Any], *args: Any, name: str) -> relax.Var:
         """Bind a tensor expression over relax tensors."""
-        return self.builder.emit_te(function, *args, primfunc_name_hint=name)
+        return self._made(self.builder.emit_te(function, *args, primfunc_name_hint=name))
+
+    def match(self, tensor: relax.Expr, dims: list[Any]) -> relax.Var:
+        """The same tensor, checked at run time to have these dimensions."""
+        matched = relax.TensorType([self.dim(d) for d in dims], tensor.ty.dtype)
+        return self._made(self.builder.match_cast(tensor, matched))
 
     def kernel(self, key: Hashable, make: Callable[[], tirx.PrimFunc]) -> relax.GlobalVar:
         """The kernel made for `key`, made once per module."""
         if key not in self._kernels:
             func = make()
+            # A kernel's name does not tell all of it: its epsilon, for one.
             name = str(func.attrs["global_symbol"])
             same = sum(k.name_hint.split("__")[0] == name for k in self._kernels.values())
-            name = (
-                f"{name}__{same}" if same else name
-            )  # a kernel's name does not tell all, its epsilon for one
+            name = f"{name}__{same}" if same else name
             self._kernels[key] = self.builder.add_func(func.with_attr("global_symbol", name), name)
         return self._kernels[key]
 
@@ -144,67 +170,69 @@ class Importer:
         self, kernel: relax.GlobalVar, args: list[relax.Expr], shape: list[Any], dtype: str
     ) -> relax.Var:
         """Bind a kernel's result."""
-        self._remember(kernel)
         return self.emit(relax.call_tir(kernel, args, relax.TensorType(shape, dtype)))
 
-    def call_in_place(self, kernel: relax.GlobalVar, args: list[relax.Expr]) -> relax.Var:
-        """Bind the first argument after a kernel has written to it."""
-        self._remember(kernel)
+    def overwrite(self, kernel: relax.GlobalVar, args: list[relax.Expr], owner: str | None) -> relax.Var:
+        """Bind the first argument after a kernel has written to it; `owner` is the input whose buffer it is, if any."""
         result = self.emit(relax.op.call_tir_inplace(kernel, args, 0, args[0].ty))
-        if args[0] in self._inputs:
-            self._inputs[result] = self._inputs[args[0]]
+        if owner is not None:
+            self._written[result] = owner
         return result
 
-    def is_input(self, value: relax.Expr) -> bool:
-        """Is this the graph's own input, whose buffer the caller lends?"""
-        return value in self._inputs
+    def lent(self, node: ir.Node) -> bool:
+        """May `node` overwrite its first input? If that is the graph's own, comes back, and no other node reads it."""
+        value = node.inputs[0]
+        readers = [use.node for use in value.uses() if use.node.op_type not in ("Shape", "Size")]
+        returned = node.outputs[0].is_graph_output() and not value.is_graph_output()
+        return value in self.given and len(readers) == 1 and returned
+
+    def copied(self, tensor: relax.Expr) -> relax.Var:
+        """A buffer of its own."""
+        dims, dtype = self.shape(tensor), str(tensor.ty.dtype)
+        kernel = self.kernel(("copied", len(dims), dtype), lambda: copied(len(dims), dtype))
+        return self.call(kernel, [tensor], dims, dtype)
 
     def shape(self, value: Value) -> list[Any]:
         """Dimensions, as ints and expressions."""
         if isinstance(value, Weight):
             return list(value.shape)
+        if isinstance(value, Ints):
+            return list(value.values.shape)
+        if isinstance(value, Quantized):
+            from porter.lower.importer.quantized import shape_of
+
+            return shape_of(self, value)
         return [int(d) if isinstance(d, tirx.IntImm) else d for d in self.tensor(value).ty.shape]
 
-    def simplify(self, value: Any) -> Any:
-        """An integer expression in its simplest form."""
-        value = self.analyzer.simplify(tirx.convert(value)) if isinstance(value, Expr) else value
-        return int(value) if isinstance(value, tirx.IntImm) else value
+    def dim(self, value: Any) -> Expr:
+        """A dimension as an expression."""
+        return tirx.IntImm("int64", value) if isinstance(value, int) else value
 
-    def same(self, a: Any, b: Any) -> bool:
-        """Are two dimensions provably equal?"""
-        if isinstance(a, int) and isinstance(b, int):
-            return a == b
-        return self.analyzer.can_prove_equal(tirx.convert(a), tirx.convert(b))
+    def product(self, dims: list[Any]) -> Any:
+        """The number of elements of a shape."""
+        total: Any = 1
+        for d in dims:
+            total = total * d
+        return self.simplify(total)
+
+    def dtype(self, value: Value) -> str:
+        """TVM's name of a tensor's element type."""
+        if isinstance(value, Weight):
+            return DTYPES.get(value.type, value.type.name.lower())
+        if isinstance(value, Quantized):
+            return self.dtype(value.scales) if value.scales is not None else "int8"
+        return value.dtype if isinstance(value, Ints) else str(self.tensor(value).ty.dtype)
 
     # The walk.
 
-    def _input(self, value: ir.Value) -> relax.Var:
-        shape = [self._dim(d, f"{value.name}_{i}") for i, d in enumerate(value.shape or [])]
-        if value.dtype not in DTYPES:
-            raise TargetError(
-                "PORT-0413", f"an input of type {value.dtype} cannot be lowered", where=value.name or "?"
-            )
-        var = relax.Var(value.name, relax.TensorType(shape, DTYPES[value.dtype]))
+    def _input(self, number: int, value: ir.Value) -> relax.Var:
+        if value.dtype not in DTYPES or value.shape is None:
+            what = f"an input of type {value.type} and shape {value.shape} cannot be lowered"
+            raise TargetError("PORT-0413", what, where=value.name or "?")
+        shape = [self.dimensions.of(d, f"{value.name}_{i}") for i, d in enumerate(value.shape)]
+        var = relax.Var(f"x{number}", relax.TensorType(shape, DTYPES[value.dtype]))
         self._values[value] = var
-        self._inputs[var] = value.name
         return var
-
-    def _dim(self, dim: int | ir.SymbolicDim, fallback: str) -> Any:
-        """A dimension; `a + b` is the sum of two named ones."""
-        if isinstance(dim, int):
-            return tirx.IntImm("int64", dim)
-        terms = [t.strip() for t in str(dim.value or fallback).split("+")]
-        parts = [tirx.IntImm("int64", int(t)) if t.isdigit() else self._symbol(t) for t in terms]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
-
-    def _symbol(self, name: str) -> tirx.Var:
-        if name not in self.symbols:
-            self.symbols[name] = tirx.Var(name, "int64")
-            self.analyzer.bind(self.symbols[name], tvm.ir.Range(0, self.bounds.get(name, 1 << 24) + 1))
-        return self.symbols[name]
 
     def _node(self, node: ir.Node) -> None:
         from porter.lower.importer.table import function_for
@@ -218,42 +246,50 @@ class Importer:
             result = function(self, node, *[self.value(v) for v in node.inputs])
         except PorterError:
             raise
-        except Exception as error:
-            what = f"{node.op_type} cannot be lowered: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        except Exception as error:  # TVM raises many kinds: this is where they become ours
+            text = (str(error).strip() or "no reason given").splitlines()[-1]
+            what = f"{node.op_type} cannot be lowered: {type(error).__name__}: {text}"
             raise TargetError("PORT-0411", what, where=self.current) from error
         results = result if isinstance(result, tuple) else (result,)
         for output, value in zip(node.outputs, results, strict=False):
             if value is not None:
                 self._values[output] = value
 
-    def _name_in_place(self, outputs: list[relax.Var]) -> None:
-        for graph_output in self.model.graph.outputs:
-            value = self.value(graph_output)
-            if (
-                isinstance(value, relax.Var)
-                and value in self._inputs
-                and graph_output.name != self._inputs[value]
-            ):
-                self.in_place[graph_output.name] = self._inputs[value]
+    def _outputs(self) -> list[relax.Var]:
+        """The results; what is an input, a weight or an earlier result is copied, so that none shares memory."""
+        taken = {self._values[v] for v in self.given} | {*self.weights.variables}
+        results = []
+        for output in self.model.graph.outputs:
+            self.current = output.name or "?"
+            tensor = self.tensor(self.value(output))
+            if tensor in taken or isinstance(tensor, Constant):
+                tensor = self.copied(tensor)
+            elif tensor in self._written:
+                self.in_place[output.name] = self._written[tensor]
+            taken.add(tensor)
+            results.append(self.builder.emit_output(tensor))
+        return results
 
-    def _remember(self, kernel: relax.GlobalVar) -> None:
-        self.sources.setdefault(kernel.name_hint, []).append(self.current)
+    def _made(self, variable: relax.Var) -> relax.Var:
+        self.sources[variable.name] = self.current
+        return variable
 
     def _ints_tensor(self, value: Ints) -> relax.Expr:
-        flat = value.flat()
+        flat, shape = value.flat(), value.values.shape
         if all(isinstance(v, int) for v in flat):
-            return relax.const(np.array(flat, np.int64).reshape(value.values.shape), "int64")
-        entries = [v if isinstance(v, Expr) else tirx.IntImm("int64", v) for v in flat]
-        shape = value.values.shape
+            return relax.const(np.array(flat, value.dtype).reshape(shape), value.dtype)
+        entries = [self.dim(v) for v in flat]
         kernel = self.kernel(("sizes", shape), lambda: integers.scalars(len(entries), len(shape)))
-        return self.call(kernel, entries, list(shape), "int64")
+        tensor = self.call(kernel, entries, list(shape), "int64")
+        return tensor if value.dtype == "int64" else self.emit(relax.op.astype(tensor, value.dtype))
 
     def _weight_tensor(self, weight: Weight) -> relax.Expr:
-        array_type = weight.value.dtype
-        if array_type not in DTYPES:
-            raise TargetError("PORT-0413", f"a constant of type {array_type} cannot be lowered here",
+        if weight.type not in DTYPES:
+            raise TargetError("PORT-0413", f"a constant of type {weight.type} cannot be lowered here",
                               where=weight.value.name or "?")  # fmt: skip
+        dtype = DTYPES[weight.type]
         if int(np.prod(weight.shape)) <= SMALL:
-            return relax.const(np.array(weight.numpy(), order="C"), DTYPES[array_type])
-        key = (weight.value.name, "plain", weight.transposed)
-        return self.weights.parameter(key, weight.shape, DTYPES[array_type], weight.numpy)
+            return relax.const(np.array(weight.numpy(), order="C"), dtype)
+        return self.weights.parameter(
+            (weight.value, "plain", weight.transposed), weight.shape, dtype, weight.numpy
+        )

@@ -6,15 +6,30 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from porter.lower.importer import attention, borrowed, elementwise, linear, quantized, shapes
+from porter.lower.importer import (
+    attention,
+    borrowed,
+    casts,
+    elementwise,
+    gathers,
+    linear,
+    parts,
+    quantized,
+    reductions,
+    shapes,
+)
 
 Function = Callable[..., object]
 
 TABLES: dict[str, dict[str, Function]] = {
     "": {
         **elementwise.TABLE,
+        **casts.TABLE,
         **shapes.TABLE,
+        **parts.TABLE,
+        **reductions.TABLE,
         **linear.TABLE,
+        **gathers.TABLE,
         **attention.TABLE,
         **quantized.TABLE,
         **borrowed.TABLE,

@@ -13,21 +13,22 @@ from tvm import relax, tirx
 class Ints:
     """Integers known at import, as numbers or expressions of symbolic dimensions: what shape arithmetic works on.
 
-    `values` is a numpy object array of rank 0 or 1 whose entries are int or Expr.
+    `values` is a numpy object array of rank 0 or 1 whose entries are int or Expr; `dtype` is int64, int32 or bool.
     """
 
     values: np.ndarray
+    dtype: str = "int64"
 
     @classmethod
-    def of(cls, values: list[object] | object) -> Ints:
+    def of(cls, values: list[object] | object, dtype: str = "int64") -> Ints:
         """From a list (rank 1) or a single entry (rank 0); integer constants become plain ints."""
         if isinstance(values, list | tuple):
             array = np.empty(len(values), object)
             array[:] = [_plain(v) for v in values]
-            return cls(array)
+            return cls(array, dtype)
         array = np.empty((), object)
         array[()] = _plain(values)
-        return cls(array)
+        return cls(array, dtype)
 
     def flat(self) -> list[object]:
         """The entries as a list."""
@@ -41,10 +42,21 @@ class Weight:
     value: ir.Value
     transposed: bool = False
 
+    @classmethod
+    def of(cls, array: np.ndarray, name: str) -> Weight:
+        """A constant made at import."""
+        tensor = ir.tensor(array, name=name)
+        return cls(ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype)))
+
     def numpy(self) -> np.ndarray:
         """Read it, as it is seen (transposed or not)."""
         array = self.value.const_value.numpy()
         return array.T if self.transposed else array
+
+    @property
+    def type(self) -> ir.DataType:
+        """Its element type."""
+        return self.value.const_value.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,13 +71,14 @@ class Quantized:
 
     `axis` is -1 for one scale per tensor; else `block` codes along `axis` share a scale (0: one scale per index of
     `axis`). `codec` names a porter.lower.kernels codec. `transposed` swaps the two axes of what it stands for.
+    Without scales it stands for the codes themselves, as int8.
     """
 
     codes: Weight | relax.Expr
-    scales: Weight | relax.Expr
+    scales: Weight | relax.Expr | None
     codec: str
-    axis: int
-    block: int
+    axis: int = -1
+    block: int = 0
     transposed: bool = False
 
     def turned(self) -> Quantized:

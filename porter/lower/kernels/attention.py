@@ -7,7 +7,7 @@ Layouts are ONNX's: q [b, hq, s, d], k [b, hk, t, d], v [b, hk, t, dv]; hq is a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,6 +63,11 @@ class Attention:
     def name(self) -> str:
         """The kernel's name, readable in a plan; the module makes it unique."""
         return f"attention_h{self.query_heads}_{self.heads}_d{self.key.width}_{self.key.codec}_{self.value.codec}"
+
+
+def with_mask(spec: Attention, shape: tuple[Dim, ...], dtype: str) -> Attention:
+    """The same kernel with a mask."""
+    return replace(spec, mask=shape, mask_dtype=dtype)
 
 
 def attention(spec: Attention) -> tirx.PrimFunc:

@@ -29,14 +29,21 @@ def counting() -> tirx.PrimFunc:
     return define("counting", [("first", (), "scalar"), ("out", ("n",), "int64")], body)
 
 
-def wrapped(dtype: str) -> tirx.PrimFunc:
-    """indices [m], size -> int64 [m] in 0..size-1, negative ones counted from the end; stops at one beyond it."""
+def wrapped(dtype: str, count: int = 1) -> tirx.PrimFunc:
+    """indices [m, count], a size for each column -> int64 [m, count], negative indices counted from the end.
 
-    def body(indices, out, size, m):
+    An index that lies outside of its size stops the program.
+    """
+
+    def body(indices, out, m, **sizes):
         with loop(m) as i:
-            index = tirx.Cast("int64", indices[i])
-            check(tirx.all(index >= -size, index < size), OUTSIDE)
-            store(out, tirx.Select(index < i64(0), index + size, index), i)
+            for column in range(count):
+                index, size = tirx.Cast("int64", indices[i, column]), sizes[f"size{column}"]
+                check(tirx.all(index >= -size, index < size), OUTSIDE)
+                store(out, tirx.Select(index < i64(0), index + size, index), i, column)
 
-    buffers: list[Spec] = [("indices", ("m",), dtype), ("size", (), "scalar"), ("out", ("m",), "int64")]
-    return define(f"wrapped_{dtype}", buffers, body)
+    arguments: list[Spec] = [(f"size{i}", (), "scalar") for i in range(count)]
+    shape = ("m", count)
+    return define(
+        f"wrapped_{dtype}_{count}", [("indices", shape, dtype), *arguments, ("out", shape, "int64")], body
+    )

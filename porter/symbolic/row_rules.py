@@ -1,5 +1,5 @@
 """What each operator makes of the past's length, and of values that each row has of its own (see
-`porter.rows`).
+`porter.symbolic.rows`).
 
 A rule looks at a node at least one input of which depends on P and returns what its outputs are: a Kind, or
 None when they no longer depend on P or have the batch in front as it is. It asks the Walk for edits, and
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from porter.rows import TIME, Dims, Kind, Number, Rows, Walk, refuse
+from porter.symbolic.rows import TIME, Dims, Kind, Number, Rows, Walk, refuse
 
 Rule = Callable[[Walk, ir.Node], Kind | None]
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from porter.errors import ModelError
-from porter.untrusted import byte_count, shown
+from porter.graph.untrusted import byte_count, shown
 
 CHUNK = 1 << 24  # bytes read or written at a time
 

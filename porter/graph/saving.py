@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
-from porter import untrusted
 from porter.errors import EnvironmentFailure, ModelError
-from porter.mapped import MappedTensor, constants, initialized, pin, weights
-from porter.untrusted import shown
+from porter.graph import untrusted
+from porter.graph.mapped import MappedTensor, constants, initialized, pin, weights
+from porter.graph.untrusted import shown
 
 # A vector register and a cache line of the widest host. Mapped files start on a page, so a tensor is aligned
 # in memory as in the file. ONNX Runtime maps any offset; whole pages would waste 4 KiB for every bias and

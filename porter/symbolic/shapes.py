@@ -8,7 +8,7 @@ import onnx_ir as ir
 import sympy
 
 from porter.match import attribute, words
-from porter.symbols import ONE, ZERO, Dim, Facts, Shape, product, same, surely_nonnegative
+from porter.symbolic.symbols import ONE, ZERO, Dim, Facts, Shape, product, same, surely_nonnegative
 
 Rule = Callable[[Facts, ir.Node], Sequence[Shape | None]]
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import sympy
 
 from porter.match import attribute, constant
-from porter.shapes import shape_span, slice_bounds
-from porter.symbols import AXES, ONE, ZERO, All, Choice, Content, Dim, Facts, Shape, substitute
+from porter.symbolic.shapes import shape_span, slice_bounds
+from porter.symbolic.symbols import AXES, ONE, ZERO, All, Choice, Content, Dim, Facts, Shape, substitute
 
 Rule = Callable[[Facts, ir.Node], Content | None]
 FALSE = All(frozenset({ONE}))  # 1 <= 0 never holds

@@ -113,7 +113,7 @@ class Walk:
         return bool(value.shape) and value.shape[0] == self.batch != ir.SymbolicDim(None)
 
     def _visit(self, node: ir.Node) -> None:
-        from porter.row_rules import RULES, sizes_of_cache  # they are written in terms of a Walk
+        from porter.symbolic.row_rules import RULES, sizes_of_cache  # they are written in terms of a Walk
 
         if self.pasts.intersection(node.inputs):
             kind = sizes_of_cache(self, node)

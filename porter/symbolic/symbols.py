@@ -146,7 +146,7 @@ class Facts:
         """Infer one node once; a node that was added later is inferred when it is asked about."""
         if node is None or node in self._seen:
             return
-        from porter import contents, shapes  # they read facts, so they import this module
+        from porter.symbolic import contents, shapes  # they read facts, so they import this module
 
         self._seen.add(node)
         for value, shape in zip(node.outputs, shapes.infer(self, node), strict=False):
@@ -197,7 +197,7 @@ class Facts:
             return None
         self._visit(value.producer())
         if value not in self._contents and value.producer() is None:
-            from porter import contents
+            from porter.symbolic import contents
 
             found = contents.of_constant(value)
             if found is not None:

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from porter.errors import ModelError
-from porter.untrusted import shown
+from porter.graph.untrusted import shown
 
 # Domains whose every operator onnx has a schema for. Other domains are let through here; check.support judges
 # them.

@@ -10,12 +10,21 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from porter import untrusted
 from porter.errors import ModelError
-from porter.mapped import CHUNK, MappedTensor, all_nodes, constants, initialized, open_beneath, pin, weights
-from porter.saving import quiet, root, save
-from porter.structure import sort, verify
-from porter.untrusted import shown
+from porter.graph import untrusted
+from porter.graph.mapped import (
+    CHUNK,
+    MappedTensor,
+    all_nodes,
+    constants,
+    initialized,
+    open_beneath,
+    pin,
+    weights,
+)
+from porter.graph.saving import quiet, root, save
+from porter.graph.structure import sort, verify
+from porter.graph.untrusted import shown
 
 __all__ = [
     "all_nodes",

@@ -1,0 +1,91 @@
+"""Gather and its kin: every index is checked, so that none reads what lies beside its tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax
+
+from porter.lower.importer.attributes import attribute, axis_of
+from porter.lower.importer.linear import has_kernel, packed
+from porter.lower.importer.precision import cast
+from porter.lower.importer.program import Importer
+from porter.lower.importer.values import Ints, Quantized, Value, Weight
+from porter.lower.kernels import integers
+from porter.lower.kernels import matmul as kernels
+
+op = relax.op
+
+
+def _gather(imp: Importer, node: ir.Node, data: Value, indices: Value) -> Value:
+    known, dims = imp.ints(indices), imp.shape(data)
+    if isinstance(data, Ints) and known is not None and all(isinstance(i, int) for i in known):
+        entries = [data.flat()[i] for i in known]
+        return Ints.of(entries if len(imp.shape(indices)) else entries[0], data.dtype)
+    axis = axis_of(node, len(dims), 0)
+    if axis == 0 and has_kernel(data):
+        return _rows(imp, data, imp.tensor(indices))
+    return imp.emit(op.take(imp.tensor(data), _checked(imp, indices, [dims[axis]]), axis=axis, mode="fast"))
+
+
+def _checked(imp: Importer, indices: Value, sizes: list[Any]) -> relax.Expr:
+    """Indices, the last axis of which counts the sizes where there are several, counted from the front and checked.
+
+    Constant ones are checked now where the size is a number, all others when the program runs.
+    """
+    array = np.array(known) if (known := _numbers(imp, indices)) is not None else None
+    if array is not None and all(isinstance(s, int) for s in sizes):
+        array = array.reshape(imp.shape(indices))
+        if np.any(array < -np.array(sizes)) or np.any(array >= np.array(sizes)):
+            raise IndexError(f"an index lies outside of {sizes}")
+        return imp.tensor(
+            Weight.of(np.where(array < 0, array + np.array(sizes), array), f"{imp.current}_indices")
+        )
+    tensor = imp.tensor(indices)
+    dims, dtype, count = imp.shape(tensor), str(tensor.ty.dtype), len(sizes)
+    rows = imp.product(dims if count == 1 else dims[:-1])
+    flat = imp.emit(op.reshape(tensor, [imp.dim(rows), imp.dim(count)]))
+    kernel = imp.kernel(("wrapped", dtype, count), lambda: integers.wrapped(dtype, count))
+    whole = imp.call(kernel, [flat, *(imp.dim(s) for s in sizes)], [rows, count], "int64")
+    return imp.emit(op.reshape(whole, [imp.dim(d) for d in dims]))
+
+
+def _numbers(imp: Importer, indices: Value) -> list[int] | None:
+    found = imp.ints(indices)
+    return found if found is not None and all(isinstance(i, int) for i in found) else None
+
+
+def _gather_nd(imp: Importer, node: ir.Node, data: Value, indices: Value) -> Value:
+    skipped = int(attribute(node, "batch_dims", 0))
+    depth = int(imp.shape(indices)[-1])
+    sizes = imp.shape(data)[skipped : skipped + depth]
+    return imp.emit(op.gather_nd(imp.tensor(data), _checked(imp, indices, sizes), skipped))
+
+
+def _gather_elements(imp: Importer, node: ir.Node, data: Value, indices: Value) -> Value:
+    dims = imp.shape(data)
+    axis = axis_of(node, len(dims), 0)
+    return imp.emit(op.gather_elements(imp.tensor(data), _checked(imp, indices, [dims[axis]]), axis))
+
+
+def _rows(imp: Importer, table: Weight | Quantized, indices: relax.Expr) -> Value:
+    """Rows of a packed matrix, decoded one by one."""
+    layout, parameters = packed(imp, table)
+    indices = cast(imp, indices, "int64")
+    lead = imp.shape(indices)
+    count = imp.product(lead)
+    flat = indices if len(lead) == 1 else imp.emit(op.reshape(indices, [imp.dim(count)]))
+    kernel = imp.kernel(("gather", layout), lambda: kernels.gather(layout))
+    y = imp.call(kernel, [flat, *parameters], [count, layout.k], "float32")
+    y = y if len(lead) == 1 else imp.emit(op.reshape(y, [imp.dim(d) for d in [*lead, layout.k]]))
+    return cast(imp, y, imp.dtype(table))
+
+
+TABLE: dict[str, Callable[..., Value]] = {
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "GatherElements": _gather_elements,
+}
