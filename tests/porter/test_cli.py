@@ -324,16 +324,22 @@ def test_an_error_says_what_where_and_what_to_try(porter_: Porter, monkeypatch: 
 # ---- interruptions
 
 
-def test_an_interrupt_leaves_nothing_and_exits_with_130(
-    porter_: Porter, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_nothing(
+    porter_: Porter,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    status: int,
 ) -> None:
     def interrupt(*args: object) -> None:
         assert list(tmp_path.iterdir()), "nothing had been written yet: the test is too early"
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
 
     monkeypatch.setattr(porter.convert, "_lower", interrupt)
     code, out, err = porter_("convert", model, "-o", tmp_path / "b", "--pipeline", PASSES, "--data", "random")
-    assert (code, out) == (130, "")
+    assert (code, out) == (status, "")
     assert err.splitlines()[-1] == "porter: interrupted; nothing was written"
     assert list(tmp_path.iterdir()) == []
 
