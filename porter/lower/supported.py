@@ -6,13 +6,13 @@ from __future__ import annotations
 OPERATORS: frozenset[str] = frozenset(
     """
     Abs Add And ArgMax ArgMin Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Conv Cos
-    CumSum DequantizeLinear Div Dropout Elu Equal Erf Exp Expand Floor Gather GatherElements GatherND
-    Gelu Gemm Greater GreaterOrEqual HardSigmoid HardSwish Identity IsNaN LayerNormalization LeakyRelu
-    Less LessOrEqual Log LogSoftmax MatMul Max Min Mod Mul Neg Not Or Pad Pow QuantizeLinear
-    RMSNormalization Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu
-    Reshape RotaryEmbedding Round Selu SequenceAt Shape Sigmoid Sign Sin Size Slice Softmax Softplus
-    Split SplitToSequence Sqrt Squeeze Sub Swish Tanh TensorScatter Tile Transpose Trilu Unsqueeze Where
-    Xor porter.PackInt4 porter.UnpackInt4
+    CumSum DequantizeLinear Div Dropout Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements
+    GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN
+    LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max Min Mod Mul Neg Not Or Pad Pow
+    QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin
+    ReduceProd ReduceSum ReduceSumSquare Relu Reshape RotaryEmbedding Round Selu SequenceAt Shape Sigmoid
+    Sign Sin Size Slice Softmax Softplus Split SplitToSequence Sqrt Squeeze Sub Sum Swish Tanh
+    TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor porter.PackInt4 porter.UnpackInt4
     """.split()  # noqa: SIM905
 )
 
