@@ -265,7 +265,7 @@ def test_diff_over_budget_exits_with_three(porter_: Porter, model: Path, bundle:
 
 def test_what_does_not_fit_the_target_exits_with_four(porter_: Porter, tmp_path: Path) -> None:
     text = """<ir_version: 11, opset_import: ["" : 24]>
-        g (int64[batch,n] input_ids) => (float[batch,n,4] last_hidden_state) {
+        g (int64[batch,sequence] input_ids) => (float[batch,sequence,4] last_hidden_state) {
             x = Gather(table, input_ids)
             last_hidden_state = Bernoulli(x)
         }"""
