@@ -1,4 +1,4 @@
-"""The command line: arguments in, text and exit code out. Everything heavy is imported inside the commands."""
+"""The command line: arguments in, text and exit code out. What is heavy is imported inside the commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ Out = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
 Data = Annotated[
     str,
     typer.Option(
-        help="Text (.txt, .json) or token ids (.npy, .json) to measure on, or 'random'. Default: text the model writes itself."
+        help="Text (.txt, .json) or token ids (.npy, .json) to measure on, or 'random'. "
+        "Default: text the model writes itself."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]

@@ -14,11 +14,11 @@ from porter.pipeline import Pipeline
 
 
 def explain(rule: str, path: Path, target_name: str = "host") -> dict[str, Any]:
-    """Run what stands before `rule` in the target's pipeline, then `rule`, and list its near-misses, closest first.
+    """Run what stands before `rule` in the target's pipeline, then it; list near-misses, closest first.
 
-    Near-misses are looked for in what the pass leaves, so they are the places where it did not apply; one whose
-    first operator alone matched is not near. Raises what loading does, PassError PORT-0201 for an unknown pass and
-    PORT-0211 for anything but one pass made of rewrite rules.
+    Near-misses are looked for in what the pass leaves, so they are the places where it did not apply; one
+    whose first operator alone matched is not near. Raises what loading does, PassError PORT-0201 for an
+    unknown pass and PORT-0211 for anything but one pass made of rewrite rules.
     """
     spec = target.load(target_name)
     passes = Pipeline.parse(rule).passes

@@ -29,8 +29,9 @@ def builtin() -> list[str]:
 def find(name: str) -> type[Pass] | Pass:
     """The pass class named `name`, or a ready Foreign pass.
 
-    `name` is a built-in (`fuse.rms_norm`), a name of the entry-point group `porter.passes`, or a path ending in .py.
-    Raises PassError PORT-0201 when there is none, PORT-0208 when two things claim the name or a file holds no pass.
+    `name` is a built-in (`fuse.rms_norm`), a name of the entry-point group `porter.passes`, or a path ending
+    in .py. Raises PassError PORT-0201 when there is none, PORT-0208 when two things claim the name or a file
+    holds no pass.
     """
     if name.endswith(".py"):
         return _from_file(Path(name))
@@ -67,7 +68,8 @@ def _from_file(path: Path) -> type[Pass]:
 
 def _load(path: Path) -> ModuleType:
     """The file as a module, once for each content: so the text of a pipeline reads back to equal passes."""
-    name = f"porter_pass_{path.stem}_{hashlib.sha256(bytes(path.resolve()) + path.read_bytes()).hexdigest()[:16]}"
+    digest = hashlib.sha256(bytes(path.resolve()) + path.read_bytes()).hexdigest()
+    name = f"porter_pass_{path.stem}_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -1,4 +1,4 @@
-"""What the tree promises about itself: who imports what, how long functions are, that every pass and target loads."""
+"""What the tree promises of itself: imports, sizes, and that every pass and target loads."""
 
 import ast
 import itertools
@@ -191,5 +191,5 @@ def test_help_answers_at_once() -> None:
         subprocess.run(command, check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    # The design promises 0.3 s. Processor time, since help waits for nothing and a shared machine makes all wait.
+    # The design promises 0.3 s. Processor time, since help waits for nothing, and on a busy machine all wait.
     assert min(times) < 0.3, times

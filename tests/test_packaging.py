@@ -1,4 +1,4 @@
-"""What is built is what is in the tree: wheel, source archive and editable install carry every pass and target."""
+"""What is built is the tree: wheel, source archive and editable install carry every pass and target."""
 
 import json
 import os

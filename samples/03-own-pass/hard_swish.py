@@ -1,4 +1,4 @@
-"""Swish without an exponential, for a chip that has none: x * sigmoid(x) becomes x * clip(x / 6 + 1/2, 0, 1)."""
+"""Swish for a chip without an exponential: x * sigmoid(x) becomes x * clip(x / 6 + 1/2, 0, 1)."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ def test_diff_over_budget_exits_with_three(porter_: Porter, model: Path, bundle:
 
 def test_what_does_not_fit_the_target_exits_with_four(porter_: Porter, tmp_path: Path) -> None:
     text = """<ir_version: 11, opset_import: ["" : 24]>
-        g (int64[batch,n] input_ids) => (float[batch,n,4] last_hidden_state) {
+        g (int64[batch,sequence] input_ids) => (float[batch,sequence,4] last_hidden_state) {
             x = Gather(table, input_ids)
             last_hidden_state = Bernoulli(x)
         }"""
@@ -324,16 +324,22 @@ def test_an_error_says_what_where_and_what_to_try(porter_: Porter, monkeypatch: 
 # ---- interruptions
 
 
-def test_an_interrupt_leaves_nothing_and_exits_with_130(
-    porter_: Porter, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_nothing(
+    porter_: Porter,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    status: int,
 ) -> None:
     def interrupt(*args: object) -> None:
         assert list(tmp_path.iterdir()), "nothing had been written yet: the test is too early"
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
 
     monkeypatch.setattr(porter.convert, "_lower", interrupt)
     code, out, err = porter_("convert", model, "-o", tmp_path / "b", "--pipeline", PASSES, "--data", "random")
-    assert (code, out) == (130, "")
+    assert (code, out) == (status, "")
     assert err.splitlines()[-1] == "porter: interrupted; nothing was written"
     assert list(tmp_path.iterdir()) == []
 

@@ -16,7 +16,7 @@ def lines(text: str) -> list[str]:
 
 
 def check(page: str, printed: str) -> None:
-    """Fail when `printed` is not what `page` shows; a line of the page that is only "…" stands for any lines."""
+    """Fail when `printed` is not what `page` shows, where a line that is only "…" stands for any lines."""
     wanted, got = lines(page), lines(printed)
     at, gap = 0, False
     for line in wanted:
