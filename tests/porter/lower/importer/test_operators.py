@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from lowering import Feeds, compiled, model, reference
+from lowering import Feeds, compiled, model, reference, with_weights
 from porter.lower.importer.table import TABLES
 
 SIZES = ({"b": 1, "s": 1, "n": 1, "m": 4}, {"b": 3, "s": 5, "n": 7, "m": 2})
@@ -401,12 +401,11 @@ def test_narrow_floats_are_computed_in_float32(kind: str) -> None:
     dtype = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[kind]
     body = """{ a = MatMul(x, w) n = RMSNormalization(a, g) c = Softmax(n) e = Gather(w, i) t = Transpose<perm=[1,0]>(e)
                 d = MatMul(c, t) m = ReduceMean(d, k) y = Sub(d, m) }"""
-    weights = f"<{kind}[4,4] w, {kind}[4] g, int64[2] i = {{0, -1}}, int64[1] k = {{-1}}>"
-    source = model(f"g ({kind}[b,4] x) => ({kind}[b,2] y) {weights} {body}")
     rng = np.random.default_rng(0)
     w, g = rng.standard_normal((4, 4)).astype(dtype), rng.standard_normal(4).astype(dtype)
-    for name, array in (("w", w), ("g", g)):
-        source.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    inputs = f"{kind}[b,4] x, {kind}[4,4] w, {kind}[4] g"
+    source = model(f"g ({inputs}) => ({kind}[b,2] y) <int64[2] i = {{0, -1}}, int64[1] k = {{-1}}> {body}")
+    source = with_weights(source, w=w, g=g)
     x = rng.standard_normal((3, 4)).astype(dtype)
     (got,) = compiled(source)({"x": x})
     a = x.astype(np.float64) @ w.astype(np.float64)
