@@ -102,9 +102,13 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
 def pipeline_text(spec: TargetSpec, options: Options) -> str:
     """The target's pipeline with its slots filled, or the user's own.
 
-    Raises OptionError PORT-0830 for a format or scheme that the target's kernels do not read.
+    Raises OptionError PORT-0830 for a format or scheme that the target's kernels do not read, PORT-0835 for both a
+    pipeline and options that fill the target's.
     """
     if options.pipeline:
+        if options.weights or options.kv or options.context:
+            what = "--pipeline says all that is done; --weights, --kv and --context would change nothing"
+            raise OptionError("PORT-0835", what, hint="write them into the pipeline, or leave it out")
         return options.pipeline
     slots = {"weights": "", "kv": ""}
     for slot, asked, offered in (("weights", options.weights, spec.weights), ("kv", options.kv, spec.kv)):
@@ -174,7 +178,7 @@ def _memory(source: Path, plan: Plan) -> dict[str, Figure]:
     return {
         "weights of the source": Figure(graph.weight_bytes(graph.load(source)), "bytes", "measured"),
         "weights of the port": Figure(sum(w["bytes"] for w in plan.weights), "bytes", "measured"),
-        "workspace": Figure(plan.workspace_bytes, "bytes", "measured"),
+        "workspace": Figure(plan.workspace_bytes, "bytes", "estimated"),  # planned, for the largest step
         "workspace, lower bound": Figure(plan.lower_bound_bytes, "bytes", "estimated"),
     }
 

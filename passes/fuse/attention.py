@@ -24,10 +24,18 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRule, RewriteRuleClassBase
 
-from porter.attention import Appended, appended, depends, needed, read_scores, ungrouped, without_causal
 from porter.match import attribute, given, scalar, shared_initializer, take_over
 from porter.pipeline import Promise
 from porter.rewrite import Mismatch, Rewrite
+from porter.symbolic.attention import (
+    Appended,
+    appended,
+    depends,
+    needed,
+    read_scores,
+    ungrouped,
+    without_causal,
+)
 from porter.symbolic.symbols import ONE, Facts, Shape, same
 
 

@@ -6,6 +6,7 @@ the launch that reads them last. Sizes are upper bounds at the largest symbolic 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -84,6 +85,11 @@ def extract(module: tvm.IRModule, plan: Plan, parameters: list[Parameter], nodes
     return plan
 
 
+def _text(size: Any) -> str:
+    """A size as a person writes it: `past + 1`, not `past + T.int64(1)`."""
+    return re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(size))
+
+
 class _Walker:
     def __init__(self, plan: Plan, nodes: Iterator[list[str]]) -> None:
         self.plan, self.nodes = plan, nodes
@@ -99,7 +105,7 @@ class _Walker:
             self.unique(name),
             kind,
             storage,
-            [str(d) for d in ty.shape],
+            [_text(d) for d in ty.shape],
             str(ty.dtype),
             self.bytes(ty),
             at,
@@ -162,7 +168,7 @@ class _Walker:
         buffers = [self.buffers[a] for a in call.args if a in self.buffers]
         for buffer in buffers:
             buffer.last = at
-        integers = [str(a) for a in call.args if not isinstance(a, Constant) and isinstance(a.ty, PrimType)]
+        integers = [_text(a) for a in call.args if not isinstance(a, Constant) and isinstance(a.ty, PrimType)]
         kernel = getattr(call.op, "name_hint", None) or str(call.op.global_symbol)
         self.plan.launches.append(Launch(kernel, [b.name for b in buffers], integers, next(self.nodes, [])))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from tvm.ir import PrimType
 
 KERNEL_CALLS = ("relax.call_tir", "relax.call_tir_inplace", "relax.call_dps_packed")
 
@@ -86,6 +87,9 @@ def _key(value: Any, same: dict[Any, Any]) -> Any:
 
 
 def _operand(value: Any, same: dict[Any, Any]) -> Any:
+    """What a call reads, by the names of the module before fusing; of sizes, only that there is one."""
+    if isinstance(getattr(value, "ty", None), PrimType):
+        return "size"
     if isinstance(value, relax.Var):
         return same.get(value, value)
     if isinstance(value, relax.Tuple):
