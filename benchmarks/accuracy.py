@@ -1,6 +1,6 @@
 """The accuracy figures of docs/benchmarks.md, measured: lowered programs against ONNX Runtime on trained models.
 
-    python benchmarks/accuracy.py --models FOLDER [logits] [greedy] [perplexity] [--limit N]
+python benchmarks/accuracy.py --models FOLDER [logits] [greedy] [perplexity] [--limit N]
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def exported(name: str, models: Path, work: Path) -> Path:
 
 def ported(name: str, models: Path, work: Path, **options: object) -> Runnable:
     """The model's bundle, opened."""
-    tag = "-".join(str(v) for v in options.values()) or "fp32"
-    out = work / name / tag.replace("/", "_")
+    tag = "-".join(f"{k}-{v}" for k, v in options.items()) or "fp32"
+    out = work / name / tag
     if not out.exists():
         data = "random" if name.startswith("minilm") else ""
         convert(exported(name, models, work), out, Options(data=data, **options))
@@ -55,7 +55,9 @@ def logits(models: Path, work: Path) -> bool:
         context = reference.decoder.context
         for batch in (1, 3):
             for past in (0, 1, 7, context - 1):
-                tokens = np.random.default_rng(past).integers(3, reference.vocabulary, (batch, context), dtype=np.int64)
+                tokens = np.random.default_rng(past).integers(
+                    3, reference.vocabulary, (batch, context), dtype=np.int64
+                )
                 steps = [n for n in (past, min(5, context - past)) if n]
                 worst = _steps(reference, port, tokens, batch, steps)
                 good &= worst < TOLERANCE
@@ -72,7 +74,9 @@ def _steps(reference: Runnable, port: Runnable, tokens: np.ndarray, batch: int, 
 
 
 def _encoder(models: Path, work: Path) -> bool:
-    reference, port = (f("minilm-l6-v2", models, work) for f in (lambda *a: Runnable.of(exported(*a)), ported))
+    reference, port = (
+        f("minilm-l6-v2", models, work) for f in (lambda *a: Runnable.of(exported(*a)), ported)
+    )
     worst = 0.0
     for batch, length in ((1, 1), (1, 7), (3, 40), (2, 512)):
         tokens = np.random.default_rng(length).integers(1000, 30000, (batch, length), dtype=np.int64)
@@ -122,7 +126,9 @@ def main() -> int:
     """Run what is asked for; 1 when a figure is out of its bound."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=["logits", "greedy", "perplexity"])
-    parser.add_argument("--models", type=Path, default=os.environ.get("PORTER_MODELS", ROOT.parent / "shared" / "models"))
+    parser.add_argument(
+        "--models", type=Path, default=os.environ.get("PORTER_MODELS", ROOT.parent / "shared" / "models")
+    )
     parser.add_argument("--work", type=Path, default=None, help="keep exports and bundles here")
     parser.add_argument("--limit", type=int, default=0, help="stories of the excerpt (0: 25 and all)")
     given = parser.parse_args()

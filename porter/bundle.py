@@ -60,7 +60,9 @@ class Bundle:
         """Digest every listed file; how many were right. Raises BundleError PORT-0513 at the first that is not."""
         for name, entry in self.manifest["files"].items():
             if _sha256(self.path / name) != entry["sha256"]:
-                raise BundleError("PORT-0513", "the file is not what was written", where=str(self.path / name))
+                raise BundleError(
+                    "PORT-0513", "the file is not what was written", where=str(self.path / name)
+                )
         return len(self.manifest["files"])
 
     @property
@@ -115,7 +117,9 @@ def writing(out: Path) -> Iterator[Path]:
         folder = out.parent / f".{out.name}.porter-{os.getpid()}"
         folder.mkdir()
     except OSError as error:
-        raise EnvironmentFailure("PORT-0903", f"cannot write there: {error.strerror}", where=str(out)) from error
+        raise EnvironmentFailure(
+            "PORT-0903", f"cannot write there: {error.strerror}", where=str(out)
+        ) from error
     try:
         yield folder
         _swap(folder, out)

@@ -1,9 +1,10 @@
-"""The command line: arguments in, text and exit code out. Everything heavy is imported inside the commands."""
+"""The command line: arguments in, text and exit code out. What is heavy is imported inside the commands."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,26 +27,52 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Out = Annotated[Path, typer.Option("-o", "--output", help="What to write.")]
 Data = Annotated[
-    str, typer.Option(help="Text (.txt, .json) or token ids (.npy, .json) to measure on, or 'random'. Default: text the model writes itself.")  # noqa: E501
+    str,
+    typer.Option(
+        help="Text (.txt, .json) or token ids (.npy, .json) to measure on, or 'random'. "
+        "Default: text the model writes itself."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
-Budget = Annotated[str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when it is exceeded.")]
+Budget = Annotated[
+    str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when it is exceeded.")
+]
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or a request to end: unlike KeyboardInterrupt, no library on the way answers it for us."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted(number)
 
 
 def main() -> None:
     """Run the command line; every failure is one line on stderr and an exit code."""
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        _main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _main() -> None:
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        app(arguments, standalone_mode=True)
+        try:
+            app(arguments, prog_name="porter")
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is not yet a message of the interpreter's
     except PorterError as error:
         if debug:
             raise
         print(f"porter: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except Interrupted as interrupted:
         print("porter: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + interrupted.args[0])
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -53,12 +80,17 @@ def main() -> None:
         if debug:
             raise
         what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        print(f"porter: PORT-0999: a bug in porter: {what}; run again with --debug and report it", file=sys.stderr)
+        print(
+            f"porter: PORT-0999: a bug in porter: {what}; run again with --debug and report it",
+            file=sys.stderr,
+        )
         sys.exit(70)
 
 
 @app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
     """Options that stand before a command."""
     if version:
         print(f"porter {__version__}")
@@ -86,14 +118,18 @@ def export(
 def convert(
     model: Annotated[Path, typer.Argument(help="An ONNX file.")],
     output: Out,
-    target: Annotated[str, typer.Option(help="A target's name (porter targets) or the path of its .toml.")] = "host",
+    target: Annotated[
+        str, typer.Option(help="A target's name (porter targets) or the path of its .toml.")
+    ] = "host",
     weights: Annotated[str, typer.Option(help="Weight format, as int4-g32.")] = "",
     kv: Annotated[str, typer.Option(help="KV-cache scheme, as int8.")] = "",
     pipeline: Annotated[str, typer.Option(help="Passes to run instead of the target's own.")] = "",
     budget: Budget = "",
     data: Data = "",
     seed: Seed = 0,
-    context: Annotated[int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")] = 0,
+    context: Annotated[
+        int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
+    ] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")] = False,
     json_: Json = False,
 ) -> None:
@@ -103,7 +139,9 @@ def convert(
     from porter.terminal import Stages, print_report
 
     with Stages(quiet=json_) as stages:
-        options = Options(target, weights, kv, pipeline, budget, data, seed, context, keep, _command(), stages.update)
+        options = Options(
+            target, weights, kv, pipeline, budget, data, seed, context, keep, _command(), stages.update
+        )
         try:
             report = run(model, output, options)
         except PorterError as error:
@@ -138,7 +176,9 @@ def run(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     ids = [int(t) for t in tokens.split(",")] if _are_ints(tokens) else None
     if tokens and ids is None:
-        raise OptionError("PORT-0832", f"{tokens!r} is not a list of token ids", where="--tokens", hint="as 1,2,3")
+        raise OptionError(
+            "PORT-0832", f"{tokens!r} is not a list of token ids", where="--tokens", hint="as 1,2,3"
+        )
     made = stream(model, prompt, ids, max_new, sampling, None if json_ else _write)
     _answer(made.to_dict(), json_, lambda: print(f"\n{made.summary()}", file=sys.stderr))
 
@@ -171,11 +211,15 @@ def verify(bundle: Annotated[Path, typer.Argument(help="A bundle.")], json_: Jso
     from porter.bundle import Bundle
 
     count = Bundle.open(bundle).verify()
-    _answer({"ok": True, "files": count}, json_, lambda: print(f"{bundle}: {count} files are what was written"))
+    _answer(
+        {"ok": True, "files": count}, json_, lambda: print(f"{bundle}: {count} files are what was written")
+    )
 
 
 @app.command()
-def inspect(model: Annotated[Path, typer.Argument(help="An ONNX file or a bundle.")], json_: Json = False) -> None:
+def inspect(
+    model: Annotated[Path, typer.Argument(help="An ONNX file or a bundle.")], json_: Json = False
+) -> None:
     """Show what a model is: interface, operators, opsets, weights."""
     from porter.inspect import inspect as run
     from porter.terminal import print_facts

@@ -102,18 +102,24 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
 def pipeline_text(spec: TargetSpec, options: Options) -> str:
     """The target's pipeline with its slots filled, or the user's own.
 
-    Raises OptionError PORT-0830 for a format or scheme that the target's kernels do not read.
+    Raises OptionError PORT-0830 for a format or scheme that the target's kernels do not read, PORT-0835 for both a
+    pipeline and options that fill the target's.
     """
     if options.pipeline:
+        if options.weights or options.kv or options.context:
+            what = "--pipeline says all that is done; --weights, --kv and --context would change nothing"
+            raise OptionError("PORT-0835", what, hint="write them into the pipeline, or leave it out")
         return options.pipeline
     slots = {"weights": "", "kv": ""}
     for slot, asked, offered in (("weights", options.weights, spec.weights), ("kv", options.kv, spec.kv)):
-        name = spec.flavour(asked) if asked else "fp32"
+        name = (spec.flavour(asked) if slot == "weights" else asked) or "fp32"
         if name not in offered:
             what = f"{spec.name} has no {slot} format {asked!r}"
             raise OptionError("PORT-0830", what, where=f"--{slot}", hint=f"it has: {', '.join(offered)}")
         if name != "fp32":
-            slots[slot] = f"quantize.weights{{format={name}}}" if slot == "weights" else f"kv.quantize{{scheme={name}}}"
+            slots[slot] = (
+                f"quantize.weights{{format={name}}}" if slot == "weights" else f"kv.quantize{{scheme={name}}}"
+            )
     limit = f"{{capacity={options.context}}}" if options.context else ""
     text = spec.pipeline.replace("kv.static_cache", f"kv.static_cache{limit}")
     for slot, filled in slots.items():
@@ -172,7 +178,7 @@ def _memory(source: Path, plan: Plan) -> dict[str, Figure]:
     return {
         "weights of the source": Figure(graph.weight_bytes(graph.load(source)), "bytes", "measured"),
         "weights of the port": Figure(sum(w["bytes"] for w in plan.weights), "bytes", "measured"),
-        "workspace": Figure(plan.workspace_bytes, "bytes", "measured"),
+        "workspace": Figure(plan.workspace_bytes, "bytes", "estimated"),  # planned, for the largest step
         "workspace, lower bound": Figure(plan.lower_bound_bytes, "bytes", "estimated"),
     }
 
@@ -197,4 +203,3 @@ def _facts(source: Path, spec: TargetSpec, pipeline: Pipeline, options: Options)
 def _versions() -> dict[str, str]:
     packages = ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript")
     return {"porter": __version__, **{p: importlib.metadata.version(p) for p in packages}}
-

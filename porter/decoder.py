@@ -7,15 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from porter.context import Feeds
-from porter.errors import ModelError, OptionError
+from porter.errors import ModelError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-    from porter.run.protocol import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -262,72 +257,3 @@ def _axis(value: ir.Value, axis: int) -> int | None:
 def _describe(value: ir.Value) -> str:
     dtype = value.dtype.name.lower() if value.dtype is not None else "untyped"
     return dtype if value.shape is None else f"{dtype}[{','.join(str(d) for d in value.shape)}]"
-
-
-def feeds(
-    decoder: Decoder,
-    tokens: np.ndarray,
-    past: int | np.ndarray,
-    caches: Mapping[str, np.ndarray],
-    inputs: Mapping[str, TensorSpec] | None = None,
-) -> Feeds:
-    """A step's feeds: `tokens` [batch, sequence] after `past` cached ones (one length, or int64 [batch]).
-
-    Positions are past + arange; the mask is ones [batch, past + sequence], or up to the longest row, and 0
-    for what a shorter row has not; token types are zeros. Types are int64 unless `inputs` says otherwise, and
-    positions that `inputs` has with one axis get one row.
-    """
-    batch, sequence = tokens.shape
-    before = np.broadcast_to(np.asarray(past, np.int64), (batch,))
-    made: Feeds = {decoder.tokens: tokens}
-    if decoder.positions:
-        made[decoder.positions] = before[:, None] + np.arange(sequence)
-    if decoder.mask:
-        made[decoder.mask] = _mask(before, sequence)
-    if decoder.lengths:
-        made[decoder.lengths] = before
-    if decoder.token_types:
-        made[decoder.token_types] = np.zeros((batch, sequence), np.int64)
-    return {n: _fitted(a, (inputs or {}).get(n)) for n, a in made.items()} | dict(caches)
-
-
-def _mask(before: np.ndarray, sequence: int) -> np.ndarray:
-    """1 where a row has a token: its past, then (after a gap in rows that are shorter) the new ones."""
-    longest = int(before.max(initial=0))
-    return np.hstack([np.arange(longest) < before[:, None], np.ones((len(before), sequence))]).astype(
-        np.int64
-    )
-
-
-def _fitted(array: np.ndarray, spec: TensorSpec | None) -> np.ndarray:
-    if spec is not None and len(spec.shape) == 1 and array.ndim == 2:
-        array = array[0]
-    return np.ascontiguousarray(array, spec.dtype if spec is not None else np.int64)
-
-
-def empty_caches(decoder: Decoder, inputs: Mapping[str, TensorSpec], batch: int) -> Feeds:
-    """Zeroed caches of no tokens (`concat`) or of the full capacity (`static`), by input name.
-
-    Buffers start at a multiple of 64 bytes, since compiled kernels load whole vectors. Raises OptionError
-    PORT-0141 when the model has another fixed batch, ModelError PORT-0132 when a cache has an axis of unknown
-    size.
-    """
-    return {c.past: _empty_cache(c.past, inputs[c.past], batch) for c in decoder.caches}
-
-
-def _empty_cache(name: str, spec: TensorSpec, batch: int) -> np.ndarray:
-    rows, heads, tokens, size = spec.shape
-    if isinstance(rows, int) and rows != batch:
-        raise OptionError("PORT-0141", f"the model has a fixed batch of {rows}, not {batch}", where=name)
-    if isinstance(heads, str) or isinstance(size, str):
-        what = f"the cache's heads and head size must be numbers, not {heads} and {size}"
-        raise ModelError("PORT-0132", what, where=name, hint="export with a dynamic batch and past only")
-    return aligned_zeros((batch, heads, tokens if isinstance(tokens, int) else 0, size), spec.dtype)
-
-
-def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
-    """Zeros whose first byte lies at a multiple of `alignment`."""
-    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    buffer = np.zeros(count + alignment, np.uint8)
-    start = -buffer.ctypes.data % alignment
-    return buffer[start : start + count].view(dtype).reshape(shape)

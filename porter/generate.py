@@ -53,7 +53,9 @@ def stream(
     write(prompt if words and tokens is None else "")
     started = time.perf_counter()
     made, text, first = [], "", 0.0
-    for token in generate(Decode(model.runner, model.decoder), ids, _room(model, ids, max_new), sampler(**sampling)):
+    for token in generate(
+        Decode(model.runner, model.decoder), ids, _room(model, ids, max_new), sampler(**sampling)
+    ):
         first = first or time.perf_counter() - started
         made.append(int(token))
         piece = words.push(token) if words else f"{token} "
@@ -80,5 +82,7 @@ def _prompt(model: Runnable, prompt: str, tokens: Sequence[int] | None) -> Seque
             raise OptionError("PORT-0834", "there is nothing to continue", hint="give --prompt or --tokens")
         return [model.bos]
     if model.words is None:
-        raise OptionError("PORT-0834", "a text prompt needs a tokenizer, and the model has none", hint="give --tokens")
+        raise OptionError(
+            "PORT-0834", "a text prompt needs a tokenizer, and the model has none", hint="give --tokens"
+        )
     return model.words.encode(prompt)

@@ -30,9 +30,9 @@ def constant(value: ir.Value | None, limit: int = SMALL) -> np.ndarray | None:
 
 
 def scalar(value: ir.Value | None) -> float | None:
-    """The number that a constant of one element holds."""
+    """The number that a constant of one element holds; None if it has axes that could widen a result."""
     array = constant(value, limit=1)
-    return None if array is None or array.size != 1 else array.reshape(()).item()
+    return None if array is None or array.size != 1 or array.ndim > 1 else array.reshape(()).item()
 
 
 def producer(value: ir.Value | None, *ops: str) -> ir.Node | None:
@@ -107,6 +107,13 @@ def bypass(node: ir.Node, value: ir.Value) -> bool:
     old.replace_all_uses_with(value)
     graph.remove(node, safe=True)
     return True
+
+
+def take_over(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` stand where `old` stood, as an output of the graph too, with its name, type and shape."""
+    new.name, old.name = old.name, None
+    new.shape, new.type = old.shape, old.type
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def tidy(model: ir.Model) -> None:

@@ -68,7 +68,9 @@ class Foreign(Pass):
         """Run it; 1 when it says that it changed the model, which it must do in place."""
         result = self.inner(model)
         if result.model is not model:
-            raise PassError("PORT-0206", "the pass returned another model instead of editing in place", where=str(self))
+            raise PassError(
+                "PORT-0206", "the pass returned another model instead of editing in place", where=str(self)
+            )
         return int(result.modified)
 
     def __str__(self) -> str:
@@ -153,7 +155,9 @@ def _items(text: str) -> Iterator[tuple[str, str, str]]:
             at += 1
         match = _ITEM.match(text, at)
         if not match:
-            raise PassError("PORT-0202", f"cannot read the pipeline at {text[at:][:40]!r}", where=f"character {at}")
+            raise PassError(
+                "PORT-0202", f"cannot read the pipeline at {text[at:][:40]!r}", where=f"character {at}"
+            )
         at = match.end()
         yield match.group(0).strip(" \t\r\n,"), match["name"], match["options"] or ""
 
@@ -171,7 +175,9 @@ def _build(cls: type[Pass] | Pass, options: str, item: str) -> Pass:
         field = fields.get(key.replace("-", "_"))
         if field is None:
             known = ", ".join(f.replace("_", "-") for f in fields) or "none"
-            raise PassError("PORT-0203", f"{cls.name} has no option {key!r}", where=item, hint=f"it has: {known}")
+            raise PassError(
+                "PORT-0203", f"{cls.name} has no option {key!r}", where=item, hint=f"it has: {known}"
+            )
         values[field.name] = _value(field, raw if equals else None, item)
     try:
         return cls(**values)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 
 from porter.errors import PassError
 from porter.pipeline import Foreign, Pass
@@ -26,8 +29,9 @@ def builtin() -> list[str]:
 def find(name: str) -> type[Pass] | Pass:
     """The pass class named `name`, or a ready Foreign pass.
 
-    `name` is a built-in (`fuse.rms_norm`), a name of the entry-point group `porter.passes`, or a path ending in .py.
-    Raises PassError PORT-0201 when there is none, PORT-0208 when two things claim the name or a file holds no pass.
+    `name` is a built-in (`fuse.rms_norm`), a name of the entry-point group `porter.passes`, or a path ending
+    in .py. Raises PassError PORT-0201 when there is none, PORT-0208 when two things claim the name or a file
+    holds no pass.
     """
     if name.endswith(".py"):
         return _from_file(Path(name))
@@ -48,24 +52,38 @@ def describe() -> list[dict[str, str]]:
     for name in names:
         found = find(name)
         doc = (inspect.getmodule(found) or found).__doc__ if inspect.isclass(found) else ""
-        rows.append({"name": name, "promise": found.promise.value, "what": (doc or "").strip().split("\n")[0]})
+        rows.append(
+            {"name": name, "promise": found.promise.value, "what": (doc or "").strip().split("\n")[0]}
+        )
     return rows
 
 
 def _from_file(path: Path) -> type[Pass]:
     if not path.is_file():
         raise PassError("PORT-0201", "there is no such pass file", where=str(path))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    cls = _only_pass(_load(path), str(path))
+    cls.name = str(path)  # so that the pipeline text reads back
+    return cls
+
+
+def _load(path: Path) -> ModuleType:
+    """The file as a module, once for each content: so the text of a pipeline reads back to equal passes."""
+    digest = hashlib.sha256(bytes(path.resolve()) + path.read_bytes()).hexdigest()
+    name = f"porter_pass_{path.stem}_{digest[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(
+        spec
+    )  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         raise PassError("PORT-0208", f"the file does not load: {error}", where=str(path)) from error
-    cls = _only_pass(module, str(path))
-    cls.name = str(path)  # so that the pipeline text reads back
-    return cls
+    return module
 
 
 def _only_pass(module: object, name: str) -> type[Pass]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -17,10 +18,10 @@ from porter.context import Context
 from porter.errors import PassError
 from porter.match import graphs, tidy
 from porter.pipeline import Pass
-from porter.symbols import Facts, write_shapes
+from porter.symbolic.symbols import Facts, write_shapes
 
 Mismatch = MatchFailureError  # raised by what a check or a rewrite calls: Mismatch(reason, node)
-_ROUNDS = 100  # a rule set that is still rewriting after this many sweeps is chasing itself
+_EACH = 20  # replacements for each node of the graph, after which rules must be chasing each other
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,42 @@ class Rewrite(Pass):
     def run(self, model: ir.Model, context: Context) -> int:
         """Sweep until no rule matches; the number of replacements. PassError PORT-0210 without end."""
         edits = 0
-        for _ in range(_ROUNDS):
-            rules = self.rules(Facts(model.graph))
-            found = RewriteRuleSet(rules).apply_to_model(model)
-            if not found:
-                if edits:
-                    write_shapes(model)
-                return edits
+        budget = _EACH * len(model.graph) + _EACH
+        while found := _sweep(model, self.rules(Facts(model.graph)), self.name, budget - edits):
             edits += found
             _forget_rule_names(model)
             tidy(model)
-        names = ", ".join(sorted({str(r.name) for r in rules}))
-        raise PassError(
-            "PORT-0210", f"still rewriting after {_ROUNDS} sweeps", where=self.name, hint=f"rules: {names}"
-        )
+        if edits:
+            write_shapes(model)
+        return edits
+
+
+def _sweep(model: ir.Model, rules: Sequence[RewriteRule], where: str, budget: int) -> int:
+    """One application of the rules to the graph; functions, which see no initializers, are set aside."""
+    count = itertools.count(1)
+    for rule in rules:
+        rule.try_rewrite = _counted(rule, count, where, budget)
+    functions = dict(model.functions)
+    model.functions.clear()
+    try:
+        return RewriteRuleSet(rules).apply_to_model(model)
+    finally:
+        model.functions.update(functions)
+
+
+def _counted(rule: RewriteRule, count: Iterator[int], where: str, budget: int) -> Callable[..., object]:
+    """The rule's own attempt, refused once more was replaced than the graph can need."""
+    attempt = rule.try_rewrite
+
+    def tried(*args: object, **options: object) -> object:
+        made = attempt(*args, **options)
+        if made is not None and next(count) > budget:
+            raise PassError(
+                "PORT-0210", "the rules go on rewriting for ever", where=where, hint=f"last: {rule.name}"
+            )
+        return made
+
+    return tried
 
 
 def _forget_rule_names(model: ir.Model) -> None:

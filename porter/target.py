@@ -54,7 +54,9 @@ def load(name: str) -> TargetSpec:
     elif name in names():
         text = (resources.files("porter.targets") / f"{name}.toml").read_text(encoding="utf-8")
     else:
-        raise SpecError("PORT-0301", f"there is no target named {name!r}", hint=f"known: {', '.join(names())}")
+        raise SpecError(
+            "PORT-0301", f"there is no target named {name!r}", hint=f"known: {', '.join(names())}"
+        )
     try:
         return TargetSpec(**tomllib.loads(text))
     except (tomllib.TOMLDecodeError, ValidationError) as error:

@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -91,6 +99,8 @@ def print_facts(facts: Mapping[str, Any], indent: int = 0) -> None:
 
 def print_explanation(found: Mapping[str, Any]) -> None:
     """Near-misses of a rule, the nearest first."""
-    print(f"{found['rule']} applies {found['matches']} times")
-    for miss in found["near_misses"]:
-        print(f"  {miss['node']}: {miss['reason']}  ({miss['rule']}, {miss['matched']} nodes matched)")
+    misses = found["near_misses"]
+    print(f"{found['rule']}: {found['edits']} edits, {len(misses)} near-misses")
+    for miss in misses:
+        print(f"  {miss['node']} ({miss['op']}): {miss['reason']}")
+        print(f"      rule {miss['rule']}, {miss['matched']} nodes matched, failed at {miss['failed']}")

@@ -101,13 +101,17 @@ def _inputs(node: ir.Node, limit: int) -> list[np.ndarray | None] | None:
     if node.op_type == "CastLike" and inputs[1] is not None and inputs[1].dtype is not None:
         inputs = inputs[:1]  # only the type of the second matters
     for value in inputs:
-        array = None if value is None else constant(value, limit)
+        array = None if value is None or _is_weight(value) else constant(value, limit)
         if value is not None and (array is None or array.dtype not in _PLAIN):
-            return None
-        if array is not None and array.dtype.kind == "f" and array.ndim > 1:
             return None
         arrays.append(array)
     return arrays
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """A float tensor of two or more axes; told without reading it."""
+    tensor = ir.convenience.get_const_tensor(value)
+    return tensor is not None and len(tensor.shape) > 1 and not tensor.dtype.is_integer()
 
 
 def _exact(node: ir.Node, arrays: list[np.ndarray | None]) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -81,7 +82,12 @@ def _sample(tensor: ir.TensorProtocol) -> Hashable:
 
 
 def _equal(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
-    return a is b or a.numpy().tobytes() == b.numpy().tobytes()
+    return a is b or np.array_equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: ir.TensorProtocol) -> np.ndarray:
+    """The elements as bytes, so that NaN equals itself and -0.0 is not 0.0; not a copy where that can be."""
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
 
 
 def _merge_nodes(graph: ir.Graph) -> None:

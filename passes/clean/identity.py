@@ -21,8 +21,8 @@ import onnx_ir as ir
 from porter.context import Context
 from porter.match import attribute, bypass, constant, given, graphs, producer
 from porter.pipeline import Pass, Promise
-from porter.shapes import slice_bounds
-from porter.symbols import Facts, same
+from porter.symbolic.shapes import slice_bounds
+from porter.symbolic.symbols import Facts, same
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,10 @@ def _raise(node: ir.Node, version: int) -> bool:
     if node.domain not in ("", "ai.onnx"):
         return False
     node.version = None
+    if not onnx.defs.has(node.op_type):
+        raise _refusal(
+            f"there is no standard operator {node.op_type}", str(node.name), "is its domain missing?"
+        )
     newest = onnx.defs.get_schema(node.op_type, TARGET, "").since_version
     if newest <= version or node.op_type in _UNCHANGED:
         return False

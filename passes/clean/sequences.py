@@ -29,7 +29,10 @@ class UnpackSequences(Pass):
     def run(self, model: ir.Model, context: Context) -> int:
         """The number of sequences unpacked."""
         return sum(
-            _unpack(model, node) for graph in graphs(model) for node in graph if node.op_type == "SplitToSequence"
+            _unpack(model, node)
+            for graph in graphs(model)
+            for node in graph
+            if node.op_type == "SplitToSequence"
         )
 
 
@@ -37,7 +40,9 @@ def _unpack(model: ir.Model, node: ir.Node) -> bool:
     sizes, picks = _sizes(node), _picks(node)
     if sizes is None or picks is None or not all(-len(sizes) <= p < len(sizes) for p in picks.values()):
         return False
-    lengths = graphs_.initializer(model, graphs_.unique_name(model, f"{node.outputs[0].name}_sizes"), np.array(sizes))
+    lengths = graphs_.initializer(
+        model, graphs_.unique_name(model, f"{node.outputs[0].name}_sizes"), np.array(sizes)
+    )
     axis = ir.AttrInt64("axis", int(attribute(node, "axis", 0)))
     split = ir.Node("", "Split", [node.inputs[0], lengths], [axis], num_outputs=len(sizes), name=node.name)
     split.metadata_props.update(node.metadata_props)

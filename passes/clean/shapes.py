@@ -3,6 +3,7 @@
     Reshape(x, Concat(batch, sequence, [8, 8]))   -> Reshape(x, [0, 0, 8, 8])      x is [batch, sequence, 64]
     Expand(x, Concat(batch, [1, 8]))              -> Expand(x, [1, 1, 8])          x is [batch, 1, 8]
     Gather(Shape(hidden), 1)                      -> Squeeze(Shape<start=1, end=2>(input_ids))
+    GatherND(mask, [arange(batch), arange(keys)]) -> Unsqueeze(Slice(mask, keys), [1, 2])
 
 Dimensions keep their names (`past + sequence`). In a Reshape 0 copies the input's dimension and one -1 stands
 for what is left; -1 is used only where every copied dimension surely has elements, because 0 / 0 is no size.
@@ -19,9 +20,19 @@ import onnx_ir as ir
 import sympy
 
 from porter.context import Context
-from porter.match import add_initializer, attribute, constant, graphs, shared_initializer, tidy, words
+from porter.match import (
+    add_initializer,
+    attribute,
+    constant,
+    graphs,
+    producer,
+    shared_initializer,
+    take_over,
+    tidy,
+    words,
+)
 from porter.pipeline import Pass, Promise
-from porter.symbols import Dim, Facts, Shape, declared, same, write_shapes
+from porter.symbolic.symbols import AXES, Dim, Facts, Shape, declared, same, write_shapes
 
 _COUNTING = words("Add Cast Concat Div Gather Mul Reshape Shape Size Slice Squeeze Sub Unsqueeze")
 
@@ -31,7 +42,7 @@ class InferShapes(Pass):
     """Infer shapes with named dimensions; simplify shape arithmetic."""
 
     promise: ClassVar[Promise] = Promise.EXACT
-    after: ClassVar[tuple[str, ...]] = ("clean.opset", "clean.constants")
+    after: ClassVar[tuple[str, ...]] = ("clean.opset", "clean.interface", "clean.constants")
 
     def run(self, model: ir.Model, context: Context) -> int:
         """Values whose shape or type was not written down, plus nodes simplified."""
@@ -64,6 +75,8 @@ def _simplify(model: ir.Model, facts: Facts) -> int:
             edits += _fix_target(graph, node, _reshape_target(facts, node, sources.full))
         elif node.op_type == "Expand":
             edits += _fix_target(graph, node, _expand_target(facts, node))
+        elif node.op_type == "GatherND":
+            edits += _gather_in_order(graph, facts, node)
     return edits
 
 
@@ -134,6 +147,66 @@ def _replace(graph: ir.Graph, facts: Facts, sources: Sources, node: ir.Node) -> 
     output.replace_all_uses_with(new)
     graph.remove(node, safe=True)
     return True
+
+
+def _gather_in_order(graph: ir.Graph, facts: Facts, node: ir.Node) -> bool:
+    """A GatherND that reads elements in their own order is a Slice with axes of size one put in between."""
+    axes = _positions(facts, node)
+    data, result = node.inputs[0], facts.shape(node.outputs[0])
+    if axes is None or data is None or result is None:
+        return False
+    before = facts.shape(data)
+    pieces = node.inputs[1].producer().inputs  # type: ignore[union-attr]
+    numbers = {k: shared_initializer(graph, f"axes_{k}", np.array([k], np.int64)) for k in range(len(result))}
+    for k, axis in enumerate(axes):
+        if same(before[k], result[axis]):  # type: ignore[index]
+            continue
+        length = _length(graph, facts, node, result[axis], pieces[k], axis)  # type: ignore[arg-type]
+        zero = shared_initializer(graph, "axes_0", np.array([0], np.int64))
+        cut = ir.node("Slice", [data, zero, length.outputs[0], numbers[k]])
+        data = cut.outputs[0]
+        graph.insert_before(node, [length, cut])
+    added = [i for i in range(len(result)) if i not in axes]
+    listed = shared_initializer(graph, "axes_" + "x".join(map(str, added)), np.array(added, np.int64))
+    last = ir.node("Unsqueeze", [data, listed]) if added else ir.node("Identity", [data])
+    graph.insert_before(node, last)
+    take_over(node.outputs[0], last.outputs[0])
+    graph.remove(node, safe=True)
+    return True
+
+
+def _length(graph: ir.Graph, facts: Facts, at: ir.Node, wanted: Dim, value: ir.Value, axis: int) -> ir.Node:
+    """A node that gives `wanted` as a vector: from a number known before `at`, or from the value's axis."""
+    minus_one = shared_initializer(graph, "shape_m1", np.array([-1], np.int64))
+    for node in graph:
+        if node is at:
+            break
+        if (
+            node.outputs
+            and node.outputs[0].dtype == ir.DataType.INT64
+            and same(facts.number(node.outputs[0]), wanted)
+        ):
+            return ir.node("Reshape", [node.outputs[0], minus_one])
+    return ir.node("Shape", [value], {"start": axis, "end": axis + 1})
+
+
+def _positions(facts: Facts, node: ir.Node) -> list[int] | None:
+    """For each axis of the data, the axis of the result along which it is read from 0 on by 1."""
+    joined, result = producer(node.inputs[1], "Concat"), facts.shape(node.outputs[0])
+    data, rank = facts.shape(node.inputs[0]), facts.rank(node.inputs[1])
+    if joined is None or result is None or data is None or rank is None or attribute(node, "batch_dims", 0):
+        return None
+    if attribute(joined, "axis", 0) not in (-1, rank - 1) or len(joined.inputs) != len(data):
+        return None
+    axes = []
+    for piece in joined.inputs:
+        content = facts.element(piece)
+        last = facts.shape(piece)
+        if content not in AXES[1:rank] or last is None or last[-1] != 1:
+            return None
+        axes.append(rank - 1 - AXES.index(content))
+    ones = all(d == 1 for i, d in enumerate(result) if i not in axes)
+    return axes if ones and axes == sorted(set(axes)) else None
 
 
 class Sources:

@@ -28,11 +28,12 @@ from porter.match import (
     graphs,
     producer,
     shared_initializer,
+    take_over,
     tidy,
     users,
 )
 from porter.pipeline import Pass, Promise
-from porter.symbols import write_shapes
+from porter.symbolic.symbols import write_shapes
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -166,10 +167,7 @@ def _join(main: ir.Graph, group: Sequence[Linear]) -> None:
     split = ir.node("Split", [nodes[-1].outputs[0], lengths], {"axis": -1}, num_outputs=len(group))
     graph.insert_before(first, [*nodes, split])  # type: ignore[union-attr]
     for g, new in zip(group, split.outputs, strict=True):
-        old = g.result
-        new.name, old.name = old.name, None
-        new.shape, new.type = old.shape, old.type
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        take_over(g.result, new)
 
 
 def _named(graph: ir.Graph, node: ir.Node, name: str) -> ir.Node:
@@ -191,7 +189,7 @@ def _joined(main: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
 
 
 def joined_name(names: Sequence[str]) -> str:
-    """`a.q_proj.weight`, `a.k_proj.weight` -> `a.qk_proj.weight`; `gate.weight`, `up.weight` -> `gate_up.weight`.
+    """`a.q_proj.weight`, `a.k_proj.weight` -> `a.qk_proj.weight`; `gate.w`, `up.w` -> `gate_up.w`.
 
     What all names begin and end with, cut at dots and underscores, and between it what tells them apart:
     single letters follow each other, words get an underscore.

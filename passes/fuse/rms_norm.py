@@ -23,7 +23,7 @@ from onnxscript.rewriter.pattern import OrValue
 from porter.match import attribute, constant, given, scalar, shared_initializer
 from porter.pipeline import Promise
 from porter.rewrite import Rewrite
-from porter.symbols import Facts
+from porter.symbolic.symbols import Facts
 
 ROOTS = ("divide", "reciprocal", "quotient", "power")
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

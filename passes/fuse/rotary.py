@@ -24,8 +24,8 @@ from onnxscript.rewriter import MatchResult, RewriteRule, RewriteRuleClassBase
 from porter.match import add_initializer, attribute, constant, producer, scalar, shared_initializer, words
 from porter.pipeline import Promise
 from porter.rewrite import Mismatch, Rewrite
-from porter.shapes import axes_of, slice_bounds
-from porter.symbols import Facts, declared, same
+from porter.symbolic.shapes import axes_of, slice_bounds
+from porter.symbolic.symbols import Facts, declared, same
 
 Build = Callable[[object], ir.Value]  # from a rewrite's op builder to the new value
 
@@ -123,7 +123,8 @@ def rows(facts: Facts, table: ir.Value, x: ir.Value, heads: int, *, doubled: boo
     if shape is None or wanted is None or not 2 <= len(shape) <= 4:
         raise Mismatch("the shape of the cosines is unknown", table)
     full = (*((1,) * (4 - len(shape))), *shape)
-    if full[heads] != 1 or full[0] is None or not same(full[3 - heads], wanted[3 - heads]):
+    one_each = full[0] == 1 or same(full[0], wanted[0])
+    if full[heads] != 1 or not one_each or not same(full[3 - heads], wanted[3 - heads]):
         raise Mismatch("the cosines do not go by batch and position", table)
     inner = _without_heads(facts, table, heads)
     of = half(facts, inner or table) if doubled else (lambda op: inner or table)

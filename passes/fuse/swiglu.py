@@ -19,7 +19,7 @@ from onnxscript.rewriter import MatchResult, RewriteRule, RewriteRuleClassBase
 from porter.match import attribute, producer, scalar
 from porter.pipeline import Promise
 from porter.rewrite import Rewrite
-from porter.symbols import Facts
+from porter.symbolic.symbols import Facts
 
 
 class Silu(RewriteRuleClassBase):

@@ -18,6 +18,7 @@ from porter.drift.compare import Comparison, compare, encode
 from porter.drift.feeds import TokenFeeds
 from porter.errors import OptionError
 from porter.run.decode import Decode
+from porter.run.feeds import feeds as step_feeds
 from porter.run.protocol import Runner
 from porter.run.reference import ReferenceRunner
 from porter.tokenizer import Tokenizer
@@ -53,7 +54,9 @@ class Runnable:
         return cls.over(path.name, ReferenceRunner(path), decoders.recognise(model), model, words)
 
     @classmethod
-    def over(cls, name: str, runner: Runner, decoder: Decoder, model: ir.Model, words: Tokenizer | None) -> Runnable:
+    def over(
+        cls, name: str, runner: Runner, decoder: Decoder, model: ir.Model, words: Tokenizer | None
+    ) -> Runnable:
         """A runner of `model`, which says what the runner's interface means."""
         said = model.metadata_props.get("porter.bos", "")
         bos = int(said) if said.isdigit() else words.bos if words else None
@@ -65,7 +68,7 @@ class Runnable:
 
     def encode(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """An encoder's hidden states of tokens and mask, int64 [batch, n]."""
-        feeds = decoders.feeds(self.decoder, tokens, 0, {}, self.runner.inputs)
+        feeds = step_feeds(self.decoder, tokens, 0, {}, self.runner.inputs)
         if self.decoder.mask:
             feeds[self.decoder.mask] = mask.astype(self.runner.inputs[self.decoder.mask].dtype)
         return self.runner.run(feeds)[self.decoder.output]
@@ -97,7 +100,9 @@ def feeds_for(model: Runnable, data: str, seed: int) -> TokenFeeds:
         raise OptionError("PORT-0831", "an encoder cannot write its own text", where=model.name,
                           hint="give --data FILE, or --data random")  # fmt: skip
     eos = model.decoder.eos
-    return feeding.self_generated(model.session, bos=model.bos or 0, length=length, count=TEXTS, seed=seed, eos=eos)
+    return feeding.self_generated(
+        model.session, bos=model.bos or 0, length=length, count=TEXTS, seed=seed, eos=eos
+    )
 
 
 def measure(
@@ -114,7 +119,9 @@ def measure(
 
     if reference.decoder.cache == "none":
         encoders = {name: r.encode for name, r in candidates.items()}
-        return encode(reference.encode, encoders, feeds, window=window, batch=BATCH, also=also, progress=watch)
+        return encode(
+            reference.encode, encoders, feeds, window=window, batch=BATCH, also=also, progress=watch
+        )
     sessions = {name: r.session for name, r in candidates.items()}
     return compare(reference.session, sessions, feeds, window=window, batch=BATCH, also=also, progress=watch)
 

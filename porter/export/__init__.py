@@ -57,6 +57,16 @@ class ExportReport:
     tokenizer: Path | None
     seconds: float
 
+    def summary(self) -> str:
+        """What was written, how close it is to PyTorch, and what was left out: a line each."""
+        lines = [
+            f"{self.path}: {self.kind}, {self.parameters:,} parameters, {self.nodes} nodes, opset {self.opset}",
+            f"largest difference from PyTorch: {self.max_abs:.3g} over {len(self.probes)} cases (measured)",
+        ]
+        if self.left_out:
+            lines.append(f"weights that the export does not use: {', '.join(self.left_out)}")
+        return "\n".join(lines)
+
 
 def export(
     source: str,

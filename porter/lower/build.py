@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +92,33 @@ def compiled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Exe
 
 
 def write_library(executable: tvm.runtime.Executable, path: Path) -> None:
-    """Link the library. Raises EnvironmentFailure PORT-0902 when there is no C++ compiler to link with."""
+    """Link the library. Raises EnvironmentFailure PORT-0902 when there is no C++ compiler to link with.
+
+    Object files and the linker's own scratch stand beside the library: if this process is killed they go with the
+    folder that the next conversion removes, and nothing stays in the system's temporary folder.
+    """
+    scratch = path.parent / ".objects"
+    scratch.mkdir()
     try:
-        executable.export_library(str(path))
+        with _temporary_files_in(scratch):
+            executable.export_library(str(path), workspace_dir=str(scratch))
     except (RuntimeError, FileNotFoundError, ValueError, subprocess.CalledProcessError) as error:
         text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise EnvironmentFailure("PORT-0902", f"the library cannot be linked: {text}",
                                  hint="install a C++ compiler (g++ or clang++)") from error  # fmt: skip
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Programs started in this block keep their temporary files in `folder`."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before

@@ -5,11 +5,14 @@ from __future__ import annotations
 # One of another domain than ONNX's own is written domain.Name. A test holds this to the importer's table.
 OPERATORS: frozenset[str] = frozenset(
     """
-    Abs Add And Attention Cast CastLike Concat Constant ConstantOfShape Cos DequantizeLinear Div Equal Erf Exp
-    Expand Gather Gelu Gemm Greater GreaterOrEqual Identity LayerNormalization Less LessOrEqual Log MatMul Max
-    Min Mod Mul Neg Not Or Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceMax ReduceMean ReduceMin
-    ReduceSum Relu Reshape RotaryEmbedding Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Swish Tanh
-    TensorScatter Transpose Unsqueeze Where porter.PackInt4 porter.UnpackInt4
+    Abs Add And ArgMax ArgMin Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Conv Cos
+    CumSum DequantizeLinear Div Dropout Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements
+    GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN
+    LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max Min Mod Mul Neg Not Or Pad Pow
+    QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin
+    ReduceProd ReduceSum ReduceSumSquare Relu Reshape RotaryEmbedding Round Selu SequenceAt Shape Sigmoid
+    Sign Sin Size Slice Softmax Softplus Split SplitToSequence Sqrt Squeeze Sub Sum Swish Tanh
+    TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor porter.PackInt4 porter.UnpackInt4
     """.split()  # noqa: SIM905
 )
 

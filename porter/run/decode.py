@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import numpy as np
 
 from porter.context import Feeds
-from porter.decoder import Decoder, empty_caches, feeds
+from porter.decoder import Decoder
 from porter.errors import ModelError, OptionError
+from porter.run.feeds import empty_caches, feeds
 from porter.run.protocol import Runner
 
 Sample = Callable[[np.ndarray], int]
@@ -102,7 +103,7 @@ def greedy(logits: np.ndarray) -> int:
 
 
 def sampler(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> Sample:
-    """Random choice by logits / temperature among the `top_k` likeliest (0: all), cut where `top_p` is reached.
+    """Random choice by logits / temperature, of the `top_k` likeliest (0: all), cut where `top_p` is reached.
 
     The same seed gives the same tokens. Temperature 0 is `greedy`. Raises OptionError PORT-0146 for values
     out of range.

@@ -17,8 +17,8 @@ import onnxruntime as ort
 from porter import graph
 from porter.context import Feeds
 from porter.errors import ModelError, OptionError
+from porter.graph.untrusted import shown
 from porter.run.protocol import TensorSpec
-from porter.untrusted import shown
 
 _DTYPES = {
     "float": np.float32,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -31,63 +32,83 @@ def build(
     """A decoder with the names given; `capacity` makes its cache static, and `past` None leaves it out."""
     if past is None and capacity:
         raise ValueError("a static cache needs names")
-    inputs, body = [f"int64[batch,sequence] {tokens}"], []
-    body.append(f"x0 = Gather(table, {tokens})")
-    if positions:
-        inputs.append(f"int64[batch,sequence] {positions}")
-        body += [f"at = Gather(places, {positions})", "x = Add(x0, at)"]
-    else:
-        body.append("x = Identity(x0)")
-    for name, count in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
-        body.append(f"{name}0 = MatMul(x, w{name})")
-        body.append(f"{name}1 = Reshape({name}0, shape{count})")
-        body.append(f"{name} = Transpose<perm = [0, 2, 1, 3]>({name}1)")
-    attn_mask = ""
-    if mask:
-        inputs.append(f"int64[batch,total] {mask}")
-        attn_mask = "m"
-        body += [
-            f"m0 = Cast<to = 9>({mask})",
-            "m1 = Unsqueeze(m0, axes)",
-            f"t = Shape<start = 1, end = 2>({tokens})",
-        ]
-        body += ["e = Concat<axis = 0>(axes_before, t, axes_after)", "m = Expand(m1, e)"]
-    outputs = [f"float[batch,sequence,{VOCABULARY}] {output}"]
+    parts = _Parts([f"int64[batch,sequence] {tokens}"], [], [f"float[batch,sequence,{VOCABULARY}] {output}"])
+    _embed(parts, tokens, positions)
+    mask_name = _mask(parts, tokens, mask) if mask else ""
     if past:
-        axis = capacity or "past"
-        inputs += [f"float[batch,{KV_HEADS},{axis},{SIZE}] {quoted(n)}" for n in past]
-        outputs += [f"float[batch,{KV_HEADS},{capacity or 'all'},{SIZE}] {quoted(n)}" for n in present]
+        _caches(parts, past, present, capacity)
     if capacity:
-        inputs.append(f"int64[batch] {lengths}")
-        for new, old, both in zip("kv", past, present, strict=True):
-            body.append(f"{quoted(both)} = TensorScatter<axis = 2>({quoted(old)}, {new}, {lengths})")
-        body += [f"s0 = Shape<start = 1, end = 2>({tokens})", f"valid = Add({lengths}, s0)"]
-        heads = ", ".join(map(quoted, present))
-        body.append(f"a = Attention<is_causal = 1>(q, {heads}, {attn_mask}, , , valid)")
+        _scatter(parts, past, present, lengths, tokens, mask_name)
     elif past:
-        caches = ", ".join(map(quoted, past))
-        made = ", ".join(map(quoted, present))
-        body.append(f"a, {made} = Attention<is_causal = 1>(q, k, v, {attn_mask}, {caches})")
+        caches, made = ", ".join(map(quoted, past)), ", ".join(map(quoted, present))
+        parts.body.append(f"a, {made} = Attention<is_causal = 1>(q, k, v, {mask_name}, {caches})")
     else:
-        body.append(f"a = Attention<is_causal = 1>(q, k, v{', ' + attn_mask if mask else ''})")
-    body += ["a1 = Transpose<perm = [0, 2, 1, 3]>(a)", "a2 = Reshape(a1, flat)", "y = Add(x, a2)"]
-    body.append(f"{output} = MatMul(y, head)")
-    text = "\n".join(
-        [
-            '<ir_version: 11, opset_import: ["" : 24]>',
-            f"decoder ({', '.join(inputs)}) => ({', '.join(outputs)}) {{",
-            *(f"  {line}" for line in body),
-            "}",
-        ]
-    )
+        parts.body.append(f"a = Attention<is_causal = 1>(q, k, v{', ' + mask_name if mask else ''})")
+    parts.body.extend(["a1 = Transpose<perm = [0, 2, 1, 3]>(a)", "a2 = Reshape(a1, flat)", "y = Add(x, a2)"])
+    parts.body.append(f"{output} = MatMul(y, head)")
+    text = parts.text()
+    tensors = [ir.tensor(a, name=n) for n, a in _arrays(seed).items() if re.search(rf"[(, ]{n}[,)]", text)]
+    return ir.from_onnx_text(text, initializers=tensors)
+
+
+class _Parts(NamedTuple):
+    inputs: list[str]
+    body: list[str]
+    outputs: list[str]
+
+    def text(self) -> str:
+        head = f"decoder ({', '.join(self.inputs)}) => ({', '.join(self.outputs)}) {{"
+        lines = ['<ir_version: 11, opset_import: ["" : 24]>', head, *(f"  {line}" for line in self.body), "}"]
+        return "\n".join(lines)
+
+
+def _embed(parts: _Parts, tokens: str, positions: str) -> None:
+    parts.body.append(f"x0 = Gather(table, {tokens})")
+    if positions:
+        parts.inputs.append(f"int64[batch,sequence] {positions}")
+        parts.body.extend([f"at = Gather(places, {positions})", "x = Add(x0, at)"])
+    else:
+        parts.body.append("x = Identity(x0)")
+    for name, count in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+        parts.body.append(f"{name}0 = MatMul(x, w{name})")
+        parts.body.append(f"{name}1 = Reshape({name}0, shape{count})")
+        parts.body.append(f"{name} = Transpose<perm = [0, 2, 1, 3]>({name}1)")
+
+
+def _mask(parts: _Parts, tokens: str, mask: str) -> str:
+    parts.inputs.append(f"int64[batch,total] {mask}")
+    parts.body.extend([f"m0 = Cast<to = 9>({mask})", "m1 = Unsqueeze(m0, axes)"])
+    parts.body.append(f"t = Shape<start = 1, end = 2>({tokens})")
+    parts.body.extend(["e = Concat<axis = 0>(axes_before, t, axes_after)", "m = Expand(m1, e)"])
+    return "m"
+
+
+def _caches(parts: _Parts, past: tuple[str, str], present: tuple[str, str], capacity: int) -> None:
+    before, after = (f"float[batch,{KV_HEADS},{capacity or axis},{SIZE}]" for axis in ("past", "all"))
+    parts.inputs.extend(f"{before} {quoted(n)}" for n in past)
+    parts.outputs.extend(f"{after} {quoted(n)}" for n in present)
+
+
+def _scatter(
+    parts: _Parts, past: tuple[str, str], present: tuple[str, str], lengths: str, tokens: str, mask: str
+) -> None:
+    parts.inputs.append(f"int64[batch] {lengths}")
+    for new, old, both in zip("kv", past, present, strict=True):
+        parts.body.append(f"{quoted(both)} = TensorScatter<axis = 2>({quoted(old)}, {new}, {lengths})")
+    parts.body.extend([f"s0 = Shape<start = 1, end = 2>({tokens})", f"valid = Add({lengths}, s0)"])
+    heads = ", ".join(map(quoted, present))
+    parts.body.append(f"a = Attention<is_causal = 1>(q, {heads}, {mask}, , , valid)")
+
+
+def _arrays(seed: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     weights = {
-        "table": random.standard_normal((VOCABULARY, WIDTH)),
-        "places": random.standard_normal((POSITIONS, WIDTH)),
-        "wq": random.standard_normal((WIDTH, HEADS * SIZE)),
-        "wk": random.standard_normal((WIDTH, KV_HEADS * SIZE)),
-        "wv": random.standard_normal((WIDTH, KV_HEADS * SIZE)),
-        "head": random.standard_normal((WIDTH, VOCABULARY)),
+        "table": (VOCABULARY, WIDTH),
+        "places": (POSITIONS, WIDTH),
+        "wq": (WIDTH, HEADS * SIZE),
+        "wk": (WIDTH, KV_HEADS * SIZE),
+        "wv": (WIDTH, KV_HEADS * SIZE),
+        "head": (WIDTH, VOCABULARY),
     }
     shapes = {
         "shape1": [0, 0, KV_HEADS, SIZE],
@@ -97,11 +118,8 @@ def build(
         "axes_before": [1, 1],
         "axes_after": [1],
     }
-    arrays = {n: a.astype(np.float32) for n, a in weights.items()} | {
-        n: np.array(a) for n, a in shapes.items()
-    }
-    tensors = [ir.tensor(a, name=n) for n, a in arrays.items() if re.search(rf"[(, ]{n}[,)]", text)]
-    return ir.from_onnx_text(text, initializers=tensors)
+    drawn = {n: random.standard_normal(shape).astype(np.float32) for n, shape in weights.items()}
+    return drawn | {n: np.array(a) for n, a in shapes.items()}
 
 
 def quoted(name: str) -> str:

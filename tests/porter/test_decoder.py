@@ -5,8 +5,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from porter.decoder import CacheTensor, Decoder, aligned_zeros, empty_caches, feeds, recognise
+from porter.decoder import CacheTensor, Decoder, recognise
 from porter.errors import ModelError, OptionError
+from porter.run.feeds import aligned_zeros, empty_caches, feeds
 from porter.run.protocol import TensorSpec
 
 CACHE = {

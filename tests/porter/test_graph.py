@@ -1,9 +1,12 @@
 """Loading what anyone may have sent, saving without loss, and the checks in between."""
 
 import contextlib
+import gc
 import hashlib
+import io
 import mmap
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,13 +17,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from porter import graph, untrusted
+from porter import graph
 from porter.errors import ModelError, PorterError
-from porter.mapped import MappedTensor
+from porter.graph import untrusted
+from porter.graph.mapped import MappedTensor
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -104,6 +110,13 @@ def test_protobuf_that_is_not_onnx_is_refused(tmp_path):
     empty = proto()
     del empty.opset_import[:]
     refused(write(tmp_path, empty), "PORT-0105")
+
+
+@pytest.mark.parametrize("version", [0, -1, 2**40])
+def test_impossible_versions_are_refused(tmp_path, version):
+    odd = proto()
+    odd.opset_import.append(helper.make_opsetid("ai.onnx.ml", version))
+    refused(write(tmp_path, odd), "PORT-0106")
 
 
 def test_newer_versions_are_refused(tmp_path):
@@ -370,6 +383,31 @@ def test_an_unknown_element_type_is_refused(tmp_path, data_type):
     )
 
 
+def test_a_declared_tensor_that_is_missing_is_refused(tmp_path):
+    node = helper.make_node("Constant", [], ["c"])
+    node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
+    refused(write(tmp_path, proto(nodes=[node, helper.make_node("MatMul", ["x", "c"], ["y"])])), "PORT-0117")
+
+
+def test_strings_pass_through(tmp_path):
+    words = np.array(["a", "é"], object)
+    node = helper.make_node("Constant", [], ["c"], value=onnx.numpy_helper.from_array(words, "c"))
+    weight = onnx.numpy_helper.from_array(words, "words")
+    matmul = helper.make_node("MatMul", ["x", "w"], ["y"])
+    model = graph.load(
+        write(tmp_path, proto(onnx.numpy_helper.from_array(WEIGHT, "w"), weight, nodes=[node, matmul]))
+    )
+    graph.check_finite(model)
+    assert graph.weight_bytes(model) == 48
+    graph.save(model, tmp_path / "again.onnx", threshold=0)
+    again = graph.load(tmp_path / "again.onnx")
+    for tensor in (
+        again.graph.initializers["words"].const_value,
+        next(iter(again.graph)).attributes["value"].value,
+    ):
+        assert [bytes(s).decode() for s in tensor.numpy()] == ["a", "é"]
+
+
 def test_sparse_tensors_are_refused(tmp_path):
     model = proto()
     model.graph.sparse_initializer.add().dims.append(3)
@@ -505,6 +543,23 @@ def test_functions_are_checked():
     refused_text(with_functions("porter.F(x)", ("F", "Frobnicate")), "PORT-0123")
 
 
+def test_more_data_files_than_may_be_open_are_explained(tmp_path):
+    tensors = []
+    for i in range(80):
+        (tmp_path / f"w{i}.bin").write_bytes(WEIGHT.tobytes())
+        tensors.append(external(f"w{i}.bin"))
+        tensors[-1].name = f"w{i}" if i else "w"
+    path = write(tmp_path, proto(*tensors))
+    graph.load(path)
+    gc.collect()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, before[1]))
+    try:
+        refused(path, "PORT-0112")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_what_a_careless_pass_leaves_is_found():
     model = to_ir(onnx.parser.parse_model(f"{HEAD} {{ a = Relu(x) y = Abs(a) }}"))
     relu, last = list(model.graph)
@@ -545,7 +600,7 @@ def seeds(tmp_path_factory):
     return folder, [m.SerializeToString() for m in models]
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_mutated_bytes_load_or_are_refused(seeds, data):
     folder, models = seeds
@@ -563,12 +618,80 @@ def test_mutated_bytes_load_or_are_refused(seeds, data):
             content.insert(at, data.draw(st.integers(0, 255)))
         else:
             content[at:at] = content[at : at + data.draw(st.integers(1, 40))]
-    path = write(folder, bytes(content))
-    with contextlib.suppress(PorterError):  # anything else fails the test
+    survives(folder, bytes(content))
+
+
+def survives(folder: Path, content: bytes) -> None:
+    """What loads can be read, checked and written again; anything but a PorterError fails the test."""
+    path = write(folder, content)
+    with contextlib.suppress(PorterError):
         model = graph.load(path)
-        graph.check_finite(model)  # what loads can be read, checked and written again
+        graph.check_finite(model)
         graph.save(model, folder / "again.onnx")
         graph.load(folder / "again.onnx")
+    with contextlib.suppress(PorterError):
+        graph.digest(path)
+
+
+def messages(message: Message) -> list[Message]:
+    """The message and all within it."""
+    found = [message]
+    for kind, value in message.ListFields():
+        if kind.type == kind.TYPE_MESSAGE:
+            for inner in value if kind.is_repeated else [value]:
+                found += messages(inner)
+    return found
+
+
+NUMBERS = st.sampled_from([0, 1, 2, 3, 5, 7, 16, 22, 99, 2**31 - 1]) | st.integers(-(2**31), 2**31 - 1)
+TEXTS = st.sampled_from(
+    ["", "x", "y", "w", "c", "t", "If", "Loop", "Relu", "porter", "F", "G", "..", "m.onnx", "\0", "48"]
+)
+SCALARS = {
+    FieldDescriptor.TYPE_STRING: TEXTS,
+    FieldDescriptor.TYPE_BYTES: st.binary(max_size=60) | st.just(WEIGHT.tobytes()),
+    FieldDescriptor.TYPE_FLOAT: st.floats(width=32),
+    FieldDescriptor.TYPE_DOUBLE: st.floats(),
+    FieldDescriptor.TYPE_UINT64: st.integers(0, 2**64 - 1),
+    FieldDescriptor.TYPE_INT64: NUMBERS | st.integers(-(2**63), 2**63 - 1),
+}
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_mutated_fields_load_or_are_refused(seeds, data):
+    """Mutations that stay valid protobuf, so that they reach what lies behind the parser."""
+    folder, models = seeds
+    model = onnx.ModelProto.FromString(data.draw(st.sampled_from(models)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        everything = messages(model)
+        message = data.draw(st.sampled_from(everything))
+        kind = data.draw(st.sampled_from(list(message.DESCRIPTOR.fields)))
+        value = None
+        if kind.type == kind.TYPE_MESSAGE:
+            alike = [m for m in everything if kind.message_type == m.DESCRIPTOR]
+            value = data.draw(st.sampled_from(alike)) if alike else None
+        elif kind.type == kind.TYPE_ENUM:
+            value = data.draw(st.sampled_from([v.number for v in kind.enum_type.values]))
+        else:
+            value = data.draw(SCALARS.get(kind.type, NUMBERS))
+        mutate(message, kind, value, data.draw(st.booleans()))
+    survives(folder, model.SerializeToString())
+
+
+def mutate(message: Message, kind: FieldDescriptor, value: object, clear: bool) -> None:
+    """Clear the field, or set it, or append to it."""
+    copy = type(value).FromString(value.SerializeToString()) if isinstance(value, Message) else value
+    if clear:
+        message.ClearField(kind.name)
+    if copy is None:
+        return
+    if kind.is_repeated:
+        getattr(message, kind.name).append(copy)
+    elif isinstance(copy, Message):
+        getattr(message, kind.name).CopyFrom(copy)
+    else:
+        setattr(message, kind.name, copy)
 
 
 # ------------------------------------------------------------------ saving
@@ -673,6 +796,9 @@ def test_saving_over_the_files_it_is_mapped_from(tmp_path, loader):
     for name in before:
         np.testing.assert_array_equal(after[name], before[name])
         assert model.graph.initializers[name].const_value.tobytes() == before[name].tobytes()
+        copied = io.BytesIO()
+        model.graph.initializers[name].const_value.tofile(copied)
+        assert copied.getvalue() == before[name].tobytes()
     same(values(graph.load(path)), after)
     graph.save(model, tmp_path / "elsewhere.onnx")  # still whole
     same(values(graph.load(tmp_path / "elsewhere.onnx")), after)
@@ -780,7 +906,7 @@ def test_saving_streams(tmp_path):
     """200 MB, in one tensor of 120 MB and eight of 10 MB, pass through with less than 64 MiB of memory.
 
     The bound: a mapped tensor is written and checked in chunks of 16 MiB whose pages are then dropped, so one
-    chunk and its masks (a byte per value, three of them: 12 MiB) are in memory, whatever the size of a tensor;
+    chunk and its masks (a byte per value, three of them: 12 MiB) are in memory, whatever a tensor's size;
     twice that, rounded up, allows for the allocator. Copying even the one large tensor would take 120 MB.
     """
     model = big(count=1, size=30)

@@ -159,7 +159,11 @@ class Importer:
         """The kernel made for `key`, made once per module."""
         if key not in self._kernels:
             func = make()
-            self._kernels[key] = self.builder.add_func(func, func.attrs["global_symbol"])
+            # A kernel's name does not tell all of it: its epsilon, for one.
+            name = str(func.attrs["global_symbol"])
+            same = sum(k.name_hint.split("__")[0] == name for k in self._kernels.values())
+            name = f"{name}__{same}" if same else name
+            self._kernels[key] = self.builder.add_func(func.with_attr("global_symbol", name), name)
         return self._kernels[key]
 
     def call(

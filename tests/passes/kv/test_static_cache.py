@@ -5,6 +5,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes.common import ShapeInferencePass
 from porter.passes.kv.static_cache import LENGTHS, StaticCache, why_not
 
 from porter.context import Context
@@ -130,11 +131,11 @@ def test_other_shapes(sizes):
     assert_same(got, row_by_row(concat, ids, cache, lengths), cache, lengths, 3)
 
 
-def fixed_batch(model: ir.Model, batch: int) -> ir.Model:
+def fixed_batch(model: ir.Model, batch: int | str, name: str = "batch") -> ir.Model:
     """The model with a fixed batch in all its shapes."""
     for value in [*model.graph.inputs, *model.graph.outputs, *(v for n in model.graph for v in n.outputs)]:
         if value.shape is not None:
-            value.shape = ir.Shape([batch if d == ir.SymbolicDim("batch") else d for d in value.shape])
+            value.shape = ir.Shape([batch if d == ir.SymbolicDim(name) else d for d in value.shape])
     return model
 
 
@@ -248,18 +249,88 @@ DECLINED = {
 }
 
 
-@pytest.mark.parametrize("kind", DECLINED)
-def test_what_cannot_be_proven_is_left_alone_and_named(kind):
-    body, reason = DECLINED[kind]
+def attention_and(body: str) -> ir.Model:
+    """A model whose `body` attends and computes y, from the past's length `past` and the new count `s`."""
     text = f"""<ir_version: 10, opset_import: ["": 24]>
     g (float[b,2,s,8] q, float[b,2,s,8] n, float[b,2,past,8] k, float[b,2,past,8] v)
       => (float[b,2,s,8] y, float[b,2,t,8] o, float[b,2,t,8] p)
-    <float[1] zero = {{0.0}}, int64 i0 = {{0}}, int64 i1 = {{1}}, int64[1] v0 = {{0}}, int64[1] v1 = {{1}},
-     int64[1] minus = {{-1}}>
+    <float[1] zero = {{0.0}}, int64 i0 = {{0}}, int64 i1 = {{1}}, int64 i2 = {{2}}, int64[1] minus = {{-1}},
+     int64[1] v0 = {{0}}, int64[1] v1 = {{1}}, int64[1] v2 = {{2}}, int64[2] v13 = {{1,3}},
+     int64[2] flat = {{1, -1}}, int64[3] kept = {{0,-1,1}}, int64[1] far = {{99}}, float[1,1] half = {{0.5}},
+     int64[16] table = {{9, 1, 8, 2, 7, 3, 6, 4, 5, 5, 4, 6, 3, 7, 2, 8}}>
     {{ ps = Shape<start=2,end=3>(k) past = Squeeze(ps) ss = Shape<start=2,end=3>(q) s = Squeeze(ss)
       total = Add(past, s) {body} }}"""
     model = ir.from_onnx_text(text)
-    ir.passes.common.ShapeInferencePass()(model)
+    ShapeInferencePass()(model)
+    return model
+
+
+# How positions a, [1,S], may be come by; they are added to each head and channel of the attention's result.
+FIRST = "a = Unsqueeze(r, v0)"
+COLUMN = f"{PLACES} row = Unsqueeze(r, v0) c = Unsqueeze(row, v2)"  # [1,S,1]
+FOUND = {
+    "gathered size": f"sizes = Shape(k) h = Gather(sizes, i2) t = Add(h, s) r = Range(h, t, i1) {FIRST}",
+    "gathered sizes": f"sizes = Shape(k) h1 = Gather(sizes, v2) h = Squeeze(h1) t = Add(h, s) "
+    f"r = Range(h, t, i1) {FIRST}",
+    "sliced size": f"sizes = Shape<start=1>(k) h1 = Slice(sizes, v1, v2) h = Squeeze(h1) t = Add(h, s) "
+    f"r = Range(h, t, i1) {FIRST}",
+    "reshaped": f"{PLACES} a = Reshape(r, flat)",
+    "from the end": f"start = Sub(total, s) r = Range(start, total, i1) {FIRST}",
+    "added last": f"r = {COUNT.removeprefix('r = ')} f0 = Unsqueeze(r, v0) a = Add(f0, ps)",
+    "as int32": f"i = Cast<to=6>(past) j = Cast<to=6>(total) d = Cast<to=6>(i1) r = Range(i, j, d) {FIRST}",
+    "as floats": f"{COUNT} f0 = Cast<to=1>(r) f1 = Cast<to=1>(past) f2 = Add(f0, f1) a = Unsqueeze(f2, v0)",
+    "like another": f"{COUNT} f0 = Add(r, past) f1 = CastLike(f0, zero) f2 = CastLike(zero, past) "
+    "a = Unsqueeze(f1, v0)",
+    "looked up": f"{PLACES} l = Gather(table, r) a = Unsqueeze(l, v0)",
+    "looked up later": f"{PLACES} f0 = Unsqueeze(r, v0) a = Gather(table, f0)",
+    "sliced": "e = Unsqueeze(past, v0) f = Unsqueeze(total, v0) l = Slice(table, e, f, v0) "
+    "a = Unsqueeze(l, v0)",
+    "sliced in steps of one": "e = Unsqueeze(past, v0) f = Reshape(total, minus) "
+    "l = Slice(table, e, f, v0, v1) a = Unsqueeze(l, v0)",
+    "column first": f"{PLACES} c = Unsqueeze(r, v1) c3 = Unsqueeze(c, v0) a = Squeeze(c3, v2)",
+    "joined and parted": f"{COLUMN} j = Concat<axis=-1>(c, c) l, m = Split<axis=2, num_outputs=2>(j) "
+    "a = Squeeze(m, v2)",
+    "joined early": f"{PLACES} c = Unsqueeze(r, v1) j = Concat<axis=-1>(c, c) j3 = Unsqueeze(j, v0) "
+    "l, m = Split<axis=2, num_outputs=2>(j3) a = Squeeze(l, v2)",
+    "cut whole": f"{COLUMN} w = Slice(c, v0, far, v1) a = Squeeze(w, v2)",
+    "turned twice": f"{COLUMN} t = Transpose<perm=[0,2,1]>(c) u = Transpose<perm=[0,2,1]>(t) "
+    "a = Squeeze(u, v2)",
+    "reshaped after": f"{COLUMN} w = Reshape(c, kept) a = Squeeze(w, v2)",
+    "multiplied": f"{COLUMN} f0 = Cast<to=1>(c) w = MatMul(f0, half) x = Mul(w, zero) z = Sub(w, x) "
+    "h = Neg(z) a = Squeeze(h, v2)",
+    "spread": f"{PLACES} f0 = Unsqueeze(r, v0) bs = Shape<start=0,end=1>(k) bq = Concat<axis=0>(bs, ss) "
+    "a = Expand(f0, bq)",
+    "spread early": f"{PLACES} bs = Shape<start=0,end=1>(k) bq = Concat<axis=0>(bs, ss) a = Expand(r, bq)",
+    "spread over one": f"{PLACES} one = Concat<axis=0>(v1, ss) a = Expand(r, one)",
+    "difference of rows": f"{PLACES} b = Mul(r, r) c = Sub(b, r) a = Unsqueeze(c, v0)",
+}
+
+
+@pytest.mark.parametrize("batch", ["b", 1, 3])
+@pytest.mark.parametrize("kind", FOUND)
+def test_positions_come_by_in_many_ways_are_found(kind, batch):
+    body = f"{FOUND[kind]} w4 = Unsqueeze(a, v13) f4 = Cast<to=1>(w4) {ATTEND} y = Add(y0, f4)"
+    concat, static = attention_and(body), fixed_batch(attention_and(body), batch, "b")
+    assert StaticCache(capacity=CAPACITY).run(static, Context()) == 1, why_not(static)
+    onnx.checker.check_model(ir.to_proto(static), full_check=True)
+    lengths = np.array([5, 0, 8])[: batch if batch == 1 else 3]
+    rows, random = len(lengths), np.random.default_rng(0)
+    q, n = random.standard_normal((2, rows, 2, 3, 8)).astype(np.float32)
+    k, v = random.standard_normal((2, rows, 2, CAPACITY, 8)).astype(np.float32)
+    got = decoders.run(static, {"q": q, "n": n, "k": k, "v": v, LENGTHS: lengths})["y"]
+    live = decoders.session(concat)
+    for b, length in enumerate(lengths):
+        row = slice(b, b + 1)
+        alone = {"q": q[row], "n": n[row], "k": k[row, :, :length], "v": v[row, :, :length]}
+        want = decoders.run(live, alone)["y"]
+        # One attention over at most 11 tokens of 8 channels: a dozen roundings of numbers up to the largest.
+        np.testing.assert_allclose(got[b], want[0], rtol=0, atol=12 * 2.0**-24 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("kind", DECLINED)
+def test_what_cannot_be_proven_is_left_alone_and_named(kind):
+    body, reason = DECLINED[kind]
+    model = attention_and(body)
     before = ir.to_proto(model).SerializeToString()
     assert StaticCache().run(model, Context()) == 0
     assert ir.to_proto(model).SerializeToString() == before

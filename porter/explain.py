@@ -1,0 +1,38 @@
+"""explain: what a rewriting pass did to a model, and where it nearly applied."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from porter import graph, rewrite, target
+from porter.context import Context
+from porter.convert import Options, pipeline_text
+from porter.errors import PassError
+from porter.pipeline import Pipeline
+
+
+def explain(rule: str, path: Path, target_name: str = "host") -> dict[str, Any]:
+    """Run what stands before `rule` in the target's pipeline, then it; list near-misses, closest first.
+
+    Near-misses are looked for in what the pass leaves, so they are the places where it did not apply; one
+    whose first operator alone matched is not near. Raises what loading does, PassError PORT-0201 for an
+    unknown pass and PORT-0211 for anything but one pass made of rewrite rules.
+    """
+    spec = target.load(target_name)
+    passes = Pipeline.parse(rule).passes
+    if len(passes) != 1 or not isinstance(passes[0], rewrite.Rewrite):
+        raise PassError("PORT-0211", "this is not one pass made of rewrite rules", where=rule)
+    (step,) = passes
+    before = Pipeline.parse(pipeline_text(spec, Options())).passes
+    names = [p.name for p in before]
+    stop = names.index(step.name) if step.name in names else names.index("kv.static_cache")
+    model = graph.load(path)
+    Pipeline(before[:stop]).run(model, Context(spec))
+    misses = rewrite.explain(step, model)
+    return {
+        "rule": str(step),
+        "edits": step.run(model, Context(spec)),
+        "near_misses": [asdict(m) for m in misses if m.matched > 1],
+    }
