@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
+from porter.lower import tvm_setup
 
 # isort: split
 from porter.lower import build, plan, weights

@@ -13,7 +13,7 @@ _hide = "torch" not in sys.modules
 if _hide:
     sys.modules["torch"] = None  # type: ignore[assignment]
 try:
-    import tvm  # noqa: F401
+    import tvm
 finally:
     if _hide:
         del sys.modules["torch"]

@@ -258,12 +258,12 @@ class Importer:
 
     def _outputs(self) -> list[relax.Var]:
         """The results; what is an input, a weight or an earlier result is copied, so that none shares memory."""
-        taken = {self._values[v] for v in self.given} | {*self.weights.variables}
+        taken = {self._values[v] for v in self.given}
         results = []
         for output in self.model.graph.outputs:
             self.current = output.name or "?"
             tensor = self.tensor(self.value(output))
-            if tensor in taken or isinstance(tensor, Constant):
+            if tensor in taken or isinstance(tensor, Constant) or tensor in {*self.weights.variables}:
                 tensor = self.copied(tensor)
             elif tensor in self._written:
                 self.in_place[output.name] = self._written[tensor]

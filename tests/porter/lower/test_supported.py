@@ -1,6 +1,6 @@
 """The names that check.support goes by are the importer's."""
 
-from porter.lower import supported, tvm_setup  # noqa: F401  (before anything of TVM)
+from porter.lower import supported, tvm_setup
 from porter.lower.importer.table import TABLES
 
 

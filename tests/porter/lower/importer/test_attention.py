@@ -126,7 +126,10 @@ def test_a_row_that_is_fully_masked_gives_zeros() -> None:
     ("body", "inputs"),
     [
         ("y, a, b, c = Attention(q, k, v) z = Add(c, c)", f"{Q}, {LONG}"),
-        ("y = Attention(q, k, v, m)", "float[b,4,s,8] q, float[b,2,21,8] k, float[b,2,21,8] v, float[s,20] m"),
+        (
+            "y = Attention(q, k, v, m)",
+            "float[b,4,s,8] q, float[b,2,21,8] k, float[b,2,21,8] v, float[s,20] m",
+        ),
         ("y = TensorScatter<axis=1>(q, k)", "float[b,4,20,8] q, float[b,2,20,8] k"),
         ("y = TensorScatter(q, k)", "float[b,4,n,8] q, float[b,4,s,8] k"),
     ],
@@ -150,7 +153,9 @@ def test_tensor_scatter(mode: str, dtype: str) -> None:
     rng = np.random.default_rng(0)
     starts = np.array([0, 4, 2]) if mode == "linear" else np.array([0, 5, 4])
     shapes = {"c": (3, 2, 6, 3), "u": (3, 2, 2, 3)}
-    feeds = {n: rng.integers(-9, 9, s).astype(source.graph.inputs[0].dtype.numpy()) for n, s in shapes.items()}
+    feeds = {
+        n: rng.integers(-9, 9, s).astype(source.graph.inputs[0].dtype.numpy()) for n, s in shapes.items()
+    }
     feeds["i"] = starts
     wanted = feeds["c"].copy()
     for row, start in enumerate(starts):

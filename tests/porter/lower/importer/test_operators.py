@@ -15,7 +15,7 @@ from lowering import Feeds, compiled, model, reference, with_weights
 from porter.lower.importer.table import TABLES
 
 SIZES = ({"b": 1, "s": 1, "n": 1, "m": 4}, {"b": 3, "s": 5, "n": 7, "m": 2})
-F, I, B = "float", "int64", "bool"  # noqa: E741
+F, I, B = "float", "int64", "bool"
 
 
 @dataclass(frozen=True)

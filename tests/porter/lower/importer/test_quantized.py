@@ -144,7 +144,11 @@ def test_refused(code: str, scale: str, attributes: str, q: str, zero: str) -> N
 def test_a_zero_point_of_zero_is_none() -> None:
     text = """g (float[b,4] x, int8[3,4] q, float[3] s, int8[3] z) => (float y) {
       w = DequantizeLinear<axis=0>(q, s, z) t = Transpose<perm=[1,0]>(w) y = MatMul(x, t) }"""
-    arrays = {"q": np.arange(12, dtype=np.int8).reshape(3, 4), "s": np.float32([1, 2, 4]), "z": np.zeros(3, np.int8)}
+    arrays = {
+        "q": np.arange(12, dtype=np.int8).reshape(3, 4),
+        "s": np.float32([1, 2, 4]),
+        "z": np.zeros(3, np.int8),
+    }
     source = with_weights(model(text), **arrays)
     x = np.float32([[1, 2, 3, 4]])
     np.testing.assert_array_equal(compiled(source)({"x": x})[0], reference(source)({"x": x})[0])
@@ -160,7 +164,10 @@ def test_half_precision_scales() -> None:
     (got,) = compiled(with_weights(model(text), q=q, s=s))({"x": x})
     exact = x.astype(np.float64) @ (q * s.astype(np.float64)[:, None]).T
     assert got.dtype == np.float16
-    assert np.all(np.abs(got - exact) <= 2.0**-11 * np.abs(exact) + K * 2.0**-23 * (np.abs(x) @ np.abs(q * s[:, None]).T))
+    assert np.all(
+        np.abs(got - exact)
+        <= 2.0**-11 * np.abs(exact) + K * 2.0**-23 * (np.abs(x) @ np.abs(q * s[:, None]).T)
+    )
 
 
 QUANTIZE = {
@@ -182,7 +189,9 @@ def test_quantize_at_run_time(scale: str, attributes: str, shape: tuple[int, ...
     s = np.asarray(rng.random(shape) + 0.01, np.float32)
     spread = np.repeat(s, 6 // s.shape[-1], -1) if len(shape) == 3 else s
     x = (rng.integers(-300, 301, (2, 4, 6)) / 2 * spread).astype(np.float32)  # halves, and beyond the range
-    for got, wanted in zip(compiled(source)({"x": x, "s": s}), reference(source)({"x": x, "s": s}), strict=True):
+    for got, wanted in zip(
+        compiled(source)({"x": x, "s": s}), reference(source)({"x": x, "s": s}), strict=True
+    ):
         np.testing.assert_array_equal(got, wanted)
 
 

@@ -19,7 +19,7 @@ class Chain:
     body: str
     inputs: str = "float[b,s,6] x"
     outputs: str = "float y"
-    weights: str = "int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[1] v0 = {0}, int64[1] v1 = {1}, int64[1] v2 = {2}, int64[1] m1 = {-1}, int64[1] v3 = {3}"  # noqa: E501
+    weights: str = "int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[1] v0 = {0}, int64[1] v1 = {1}, int64[1] v2 = {2}, int64[1] m1 = {-1}, int64[1] v3 = {3}"
     sizes: tuple[dict[str, int], ...] = SIZES
 
 
