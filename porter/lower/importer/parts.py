@@ -197,7 +197,9 @@ def _tile(imp: Importer, node: ir.Node, x: Value, repeats: Value) -> Value:
     dims = [imp.dim(imp.simplify(d * c)) for d, c in zip(sizes, counts, strict=True)]
 
     def compute(t: te.Tensor) -> te.Tensor:
-        return te.compute(dims, lambda *index: t(*(tirx.floormod(i, d) for i, d in zip(index, sizes, strict=True))))
+        return te.compute(
+            dims, lambda *index: t(*(tirx.floormod(i, d) for i, d in zip(index, sizes, strict=True)))
+        )
 
     return imp.te(compute, tensor, name="tiled")
 

@@ -64,7 +64,9 @@ def _reshaped(imp: Importer, tensor: relax.Expr, target: list[Any]) -> relax.Exp
 def _nothing(imp: Importer, tensor: relax.Expr, target: list[Any]) -> relax.Expr:
     """An empty tensor of this shape; it has no element, so which one of the other it would be does not matter."""
     origin = [0] * len(imp.shape(tensor))
-    return imp.te(lambda t: te.compute([imp.dim(d) for d in target], lambda *_: t(*origin)), tensor, name="nothing")
+    return imp.te(
+        lambda t: te.compute([imp.dim(d) for d in target], lambda *_: t(*origin)), tensor, name="nothing"
+    )
 
 
 def _flatten(imp: Importer, node: ir.Node, x: Value) -> Value:

@@ -53,4 +53,6 @@ def top_k(k: int, dtype: str, *, largest: bool) -> tirx.PrimFunc:
             insert(o, lane, j, tirx.min(j, i64(k)))
 
     found = ("outer", k, "inner")
-    return define(f"top_{k}_{dtype}", [("x", SHAPE, dtype), ("values", found, dtype), ("places", found, "int64")], body)
+    return define(
+        f"top_{k}_{dtype}", [("x", SHAPE, dtype), ("values", found, dtype), ("places", found, "int64")], body
+    )

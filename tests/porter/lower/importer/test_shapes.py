@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from lowering import compiled, imported, model, reference
+
 from porter.errors import PorterError, TargetError
 
 SIZES = ({"b": 1, "s": 1, "past": 0}, {"b": 3, "s": 5, "past": 7})
@@ -170,7 +171,12 @@ REFUSED = {
     "another domain": ("PORT-0410", "y = com.acme.Add(x, x)", X, ""),
     "sizes that cannot be": ("PORT-0411", "y = Add(x, z)", X + ", float[b,3] z", ""),
     "a Split that does not add up": ("PORT-0411", "y, z = Split<axis=1>(x, k)", X, "int64[2] k = {1, 2}"),
-    "a Reshape that does not add up": ("PORT-0411", "y = Reshape(x, k)", "float[3,4] x", "int64[2] k = {5, 5}"),
+    "a Reshape that does not add up": (
+        "PORT-0411",
+        "y = Reshape(x, k)",
+        "float[3,4] x",
+        "int64[2] k = {5, 5}",
+    ),
     "an index outside": ("PORT-0411", "y = Gather<axis=1>(x, k)", X, "int64[1] k = {4}"),
     "a second result": ("PORT-0412", "a, m = LayerNormalization(x, g) y = Add(m, m)", X + ", float[4] g", ""),
     "complex numbers": ("PORT-0413", "y = Add(x, x)", "complex64[b,4] x", ""),
@@ -181,7 +187,12 @@ REFUSED = {
     "Slice by data": ("PORT-0414", "y = Slice(x, k, k)", X + ", int64[2] k", ""),
     "Range by data": ("PORT-0414", "y = Range(k, k, k)", "int64 k", ""),
     "TopK by data": ("PORT-0414", "y, i = TopK(x, k)", X + ", int64[1] k", ""),
-    "a norm over a symbolic axis": ("PORT-0415", "y = RMSNormalization<axis=0>(x, w)", X + ", float[b,4] w", ""),
+    "a norm over a symbolic axis": (
+        "PORT-0415",
+        "y = RMSNormalization<axis=0>(x, w)",
+        X + ", float[b,4] w",
+        "",
+    ),
     "a size without a bound": ("PORT-0419", "y = Add(x, x)", "float[strange,4] x", ""),
 }
 
@@ -236,12 +247,16 @@ def test_large_integer_constants_stay_exact() -> None:
     """Shape arithmetic is in Python's integers, not in floats."""
     big = 2**62 + 1
     body = "h = Shape(x) n = Gather(h, i) a = Mul(n, k) y = Div(a, d)"
-    source = model(f"g (float[3,b] x) => (int64 y) <int64 i = {{0}}, int64 k = {{{big // 3}}}, int64 d = {{1}}> {{ {body} }}")
+    source = model(
+        f"g (float[3,b] x) => (int64 y) <int64 i = {{0}}, int64 k = {{{big // 3}}}, int64 d = {{1}}> {{ {body} }}"
+    )
     assert compiled(source)({"x": np.zeros((3, 2), np.float32)})[0] == big // 3 * 3
 
 
 def test_symbols_without_a_name_have_names_of_their_own() -> None:
-    source = model("g (float[b,4] x, float[b,4] z) => (float[b,4] y, float[b,4] q) { y = Relu(x) q = Relu(z) }")
+    source = model(
+        "g (float[b,4] x, float[b,4] z) => (float[b,4] y, float[b,4] q) { y = Relu(x) q = Relu(z) }"
+    )
     for value in source.graph.inputs:
         value.shape = ir.Shape([None, 4])
     run = compiled(source, {"x_0": 3, "z_0": 5})
