@@ -24,9 +24,10 @@ def explain(rule: str, path: Path, target_name: str = "host") -> dict[str, Any]:
     for an unknown pass and PORT-0211 for one that explains nothing.
     """
     spec = target.load(target_name)
-    step, *more = Pipeline.parse(rule).passes
+    passes = Pipeline.parse(rule).passes
+    step = passes[0] if len(passes) == 1 else None
     why_not = getattr(sys.modules[type(step).__module__], "why_not", None)
-    if more or not (why_not or isinstance(step, rewrite.Rewrite)):
+    if step is None or not (why_not or isinstance(step, rewrite.Rewrite)):
         raise PassError("PORT-0211", "this is not one pass made of rewrite rules", where=rule)
     before = Pipeline.parse(pipeline_text(spec, Options())).passes
     names = [p.name for p in before]
