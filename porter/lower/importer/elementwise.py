@@ -134,7 +134,7 @@ def _by_element(element: Callable[[Expr, Expr], Expr], name: str) -> Callable[..
 _truncdiv = _by_element(_safely(tirx.truncdiv, lambda x: tirx.IntImm(str(x.ty.dtype), 0) - x), "truncdiv")
 _floormod = _by_element(_safely(tirx.floormod, lambda x: tirx.IntImm(str(x.ty.dtype), 0)), "floormod")
 _truncmod = _by_element(_safely(tirx.truncmod, lambda x: tirx.IntImm(str(x.ty.dtype), 0)), "truncmod")
-_fmod = _by_element(tirx.fmod, "fmod")
+_fmod = _by_element(lambda x, y: tirx.call_pure_extern("float32", "fmodf", x, y), "fmod")
 
 
 def _div(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
@@ -153,7 +153,7 @@ def _mod(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
         return _on_ints(lambda x, y: _remainder(imp, x, y), *pair)
     x, y = imp.tensor(a), imp.tensor(b)
     if "int" not in str(x.ty.dtype):
-        return _fmod(imp, x, y)
+        return in_float32(lambda imp, node, *pair: _fmod(imp, *pair))(imp, node, x, y)
     return (_truncmod if like_c else _floormod)(imp, x, y)
 
 
@@ -201,10 +201,6 @@ def _where(imp: Importer, node: ir.Node, condition: Value, a: Value, b: Value) -
     return imp.emit(op.where(*broadcastable(imp, test, imp.tensor(a), imp.tensor(b))))
 
 
-def _unary(tensor_op: Callable[..., Any]) -> Callable[..., Value]:
-    return lambda imp, node, x: imp.emit(tensor_op(imp.tensor(x)))
-
-
 def _pow(imp: Importer, node: ir.Node, x: Value, y: Value) -> Value:
     exponent, base = imp.array(y), imp.tensor(x)
     if (
@@ -218,49 +214,6 @@ def _pow(imp: Importer, node: ir.Node, x: Value, y: Value) -> Value:
     wide = dtype if dtype in ("float32", "float64") else "float64" if "int" in dtype else "float32"
     pair = broadcastable(imp, cast(imp, base, wide), cast(imp, imp.tensor(y), wide))
     return cast(imp, imp.emit(op.power(*pair)), dtype)
-
-
-def _swish(imp: Importer, node: ir.Node, x: Value) -> Value:
-    """x * sigmoid(alpha x) (opset 24)."""
-    tensor, alpha = imp.tensor(x), float(attribute(node, "alpha", 1.0))
-    scaled = tensor if alpha == 1.0 else op.multiply(tensor, relax.const(alpha, str(tensor.ty.dtype)))
-    return imp.emit(op.multiply(tensor, op.sigmoid(scaled)))
-
-
-def _gelu(imp: Importer, node: ir.Node, x: Value) -> Value:
-    """0.5 x (1 + erf(x / sqrt 2)), or the tanh form."""
-    by_tanh = attribute(node, "approximate", "none") == "tanh"
-    return imp.emit((op.nn.gelu_tanh if by_tanh else op.nn.gelu)(imp.tensor(x)))
-
-
-def _round(imp: Importer, node: ir.Node, x: Value) -> Value:
-    """Half to even."""
-    return imp.te(
-        lambda t: te.compute(t.shape, lambda *i: tirx.nearbyint(t(*i))), imp.tensor(x), name="round"
-    )
-
-
-def _is_inf(imp: Importer, node: ir.Node, x: Value) -> Value:
-    tensor = imp.tensor(x)
-    zero, found = relax.const(0, str(tensor.ty.dtype)), op.isinf(tensor)
-    if not attribute(node, "detect_negative", 1):
-        found = op.logical_and(found, op.greater(tensor, zero))
-    if not attribute(node, "detect_positive", 1):
-        found = op.logical_and(found, op.less(tensor, zero))
-    return imp.emit(found)
-
-
-def _same(imp: Importer, node: ir.Node, x: Value, *rest: Value) -> Value:
-    return x
-
-
-def _reciprocal(imp: Importer, node: ir.Node, x: Value) -> Value:
-    tensor = imp.tensor(x)
-    return imp.emit(op.divide(relax.const(1, str(tensor.ty.dtype)), tensor))
-
-
-def _softmax(imp: Importer, node: ir.Node, x: Value) -> Value:
-    return imp.emit(op.nn.softmax(imp.tensor(x), axis=int(attribute(node, "axis", -1))))
 
 
 _add = _binary(op.add, _arithmetic(lambda a, b: a + b))
@@ -284,28 +237,6 @@ TABLE: dict[str, Callable[..., Value]] = {
     "Or": _binary(op.logical_or, lambda imp, a, b: int(a or b), answers=True),
     "Xor": _binary(op.logical_xor, lambda imp, a, b: int(a != b), answers=True),
     "Not": _not,
-    "IsNaN": _unary(op.isnan),
-    "IsInf": _is_inf,
     "Where": _where,
     "Neg": _neg,
-    "Abs": _unary(op.abs),
-    "Sign": _unary(op.sign),
-    "Sqrt": _unary(op.sqrt),
-    "Reciprocal": _reciprocal,
-    "Exp": _unary(op.exp),
-    "Log": _unary(op.log),
-    "Sin": _unary(op.sin),
-    "Cos": _unary(op.cos),
-    "Tanh": _unary(op.tanh),
-    "Erf": _unary(op.erf),
-    "Sigmoid": _unary(op.sigmoid),
-    "Relu": _unary(op.nn.relu),
-    "Floor": _unary(op.floor),
-    "Ceil": _unary(op.ceil),
-    "Round": _round,
-    "Swish": _swish,
-    "Gelu": in_float32(_gelu),
-    "Softmax": in_float32(_softmax),
-    "Identity": _same,
-    "Dropout": _same,
 }

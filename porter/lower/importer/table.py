@@ -17,6 +17,7 @@ from porter.lower.importer import (
     quantized,
     reductions,
     shapes,
+    unary,
 )
 
 Function = Callable[..., object]
@@ -24,6 +25,7 @@ Function = Callable[..., object]
 TABLES: dict[str, dict[str, Function]] = {
     "": {
         **elementwise.TABLE,
+        **unary.TABLE,
         **casts.TABLE,
         **shapes.TABLE,
         **parts.TABLE,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from porter.lower.kernels.codecs import CODECS
-from porter.lower.kernels.define import Dim, Expr, Spec, T, define, f32, i64, local, loop, store, tirx
+from porter.lower.kernels.define import Dim, Expr, Spec, T, define, f32, i64, local, loop, store, tanh, tirx
 
 TILE = 8  # keys between two rescalings of the accumulator
 # A finite "minus infinity": exp(-inf - LOWEST) is 0, exp(-inf - -inf) would be NaN. It is the lowest float32 because
@@ -137,7 +137,7 @@ def _row(spec: Attention, at: dict[str, tirx.Buffer], b: Expr, h: Expr, i: Expr,
 
 
 def _softcap(spec: Attention, value: Expr) -> Expr:
-    return T.tanh(value / f32(spec.softcap)) * f32(spec.softcap) if spec.softcap else value
+    return tanh(value / f32(spec.softcap)) * f32(spec.softcap) if spec.softcap else value
 
 
 def _masked(

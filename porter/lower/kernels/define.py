@@ -79,6 +79,11 @@ def i64(value: int) -> tirx.IntImm:
     return tirx.IntImm("int64", value)
 
 
+def tanh(x: Expr) -> Expr:
+    """The C library's; TVM's own, (1 - exp(-2x)) / (1 + exp(-2x)), has no correct digit left near 0."""
+    return tirx.call_pure_extern("float32", "tanhf", x)
+
+
 def f32(value: float) -> tirx.FloatImm:
     """A float32 constant."""
     return tirx.FloatImm("float32", value)
@@ -96,6 +101,7 @@ __all__ = [
     "local",
     "loop",
     "store",
+    "tanh",
     "tirx",
     "tvm",
 ]

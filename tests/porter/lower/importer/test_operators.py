@@ -116,7 +116,7 @@ CASES: dict[str, Case] = {
         "float[2,4] x",
         units=APPROXIMATED,
         feeds=lambda rng: {"x": np.float32([[1e30, 1e30, 0, -1e30], [-1e30, -np.inf, -1e30, -1e30]])},
-    ),  # fmt: skip
+    ),
     "LogSoftmax": Case("y = LogSoftmax<axis=-1>(x)", units=APPROXIMATED),
     **{
         op: Case(f"y = {op}(x)", units=APPROXIMATED)
@@ -138,7 +138,7 @@ CASES: dict[str, Case] = {
         "int64[6] x, int64[6] z",
         "int64[...] y",
         feeds=lambda rng: {"x": np.array([2, -3, 0, 7, 1, -1]), "z": np.array([10, 3, 0, 2, 50, 7])},
-    ),  # fmt: skip
+    ),
     # integer division
     "Div integers": Case(
         "y = Div(x, z)",
@@ -148,7 +148,11 @@ CASES: dict[str, Case] = {
             "x": np.array([7, -7, 7, -7, 0, 2**62, -(2**62), 5]),
             "z": np.array([2, 2, -2, -2, 3, 3, 3, 7]),
         },
+<<<<<<< HEAD
     ),  # fmt: skip
+=======
+    ),
+>>>>>>> lower
     "Div int32": Case("y = Div(x, w)", "int32[b,4] x", "int32[...] y", weights="int32 w = {3}"),
     **{
         f"Mod {kind} {fmod}": Case(
@@ -162,12 +166,12 @@ CASES: dict[str, Case] = {
         )
         for kind in ("int64", "int32")
         for fmod in (0, 1)
-    },  # fmt: skip
+    },
     "Mod of floats": Case(
         "y = Mod<fmod=1>(x, z)",
         "float[4] x, float[4] z",
         feeds=lambda rng: {"x": np.float32([5.5, -5.5, 5.5, -5.5]), "z": np.float32([2, 2, -2, -2])},
-    ),  # fmt: skip
+    ),
     # casts
     "Cast to int": Case("y = Cast<to=7>(x)", outputs="int64[...] y"),
     "Cast to int32": Case("y = Cast<to=6>(x)", outputs="int32[...] y"),
@@ -239,7 +243,7 @@ CASES: dict[str, Case] = {
         "float[b,2,3,3] x",
         "float[...] y",
         weights=f"float[3,3,2] w = {{{','.join(map(str, range(18)))}}}",
-    ),  # fmt: skip
+    ),
     # gathers
     "Gather rows": Case(
         "y = Gather(w, x)",
@@ -254,12 +258,16 @@ CASES: dict[str, Case] = {
         "y = Gather<axis=1>(x, i)",
         "float[b,3,2] x, int64[n] i",
         feeds=lambda rng: {"x": rng.standard_normal((2, 3, 2)).astype("f4"), "i": np.array([2, -3, 0, -1])},
-    ),  # fmt: skip
+    ),
     "Gather by one datum": Case(
         "y = Gather<axis=1>(x, i)",
         "float[b,3,2] x, int64 i",
         feeds=lambda rng: {"x": rng.standard_normal((2, 3, 2)).astype("f4"), "i": np.array(-1)},
+<<<<<<< HEAD
     ),  # fmt: skip
+=======
+    ),
+>>>>>>> lower
     "Gather by int32": Case(
         "y = Gather(w, x)",
         "int32[b,s] x",
@@ -280,12 +288,16 @@ CASES: dict[str, Case] = {
             "x": rng.standard_normal((3, 4, 2)).astype("f4"),
             "i": np.array([[0, 3], [-1, -4], [2, 0]]),
         },
+<<<<<<< HEAD
     ),  # fmt: skip
+=======
+    ),
+>>>>>>> lower
     "GatherND in batches": Case(
         "y = GatherND<batch_dims=1>(x, i)",
         "float[b,s,2] x, int64[b,1] i",
         feeds=lambda rng: {"x": rng.standard_normal((3, 4, 2)).astype("f4"), "i": np.array([[0], [-1], [3]])},
-    ),  # fmt: skip
+    ),
     "GatherElements": Case(
         "y = GatherElements<axis=1>(x, i)",
         "float[b,s] x, int64[b,n] i",
@@ -293,7 +305,11 @@ CASES: dict[str, Case] = {
             "x": rng.standard_normal((2, 3)).astype("f4"),
             "i": np.array([[0, -1, 2, 1], [1, 1, -3, 0]]),
         },
+<<<<<<< HEAD
     ),  # fmt: skip
+=======
+    ),
+>>>>>>> lower
     # parts
     "Concat": Case("y = Concat<axis=1>(x, z)", "float[b,s,4] x, float[b,n,4] z"),
     "Concat from the end": Case("y = Concat<axis=-1>(x, x, x)"),
@@ -317,7 +333,7 @@ CASES: dict[str, Case] = {
         "float[...] y, float[...] z",
         weights="int64[2] k = {1, 3}",
         sizes=({"n": 4},),
-    ),  # fmt: skip
+    ),
     **{
         f"Slice {a}:{b}:{c}": Case(
             "y = Slice(x, a, e, w, c)",
@@ -337,7 +353,7 @@ CASES: dict[str, Case] = {
             (9223372036854775807, 1, -3),
             (0, 4, -1),
         )
-    },  # fmt: skip
+    },
     **{
         f"Slice of a symbolic axis {a}:{b}:{c}": Case(
             "y = Slice(x, a, e, w, c)",
@@ -356,7 +372,11 @@ CASES: dict[str, Case] = {
             (3, 0, -1),
             (-2, -9223372036854775808, -2),
         )
+<<<<<<< HEAD
     },  # fmt: skip
+=======
+    },
+>>>>>>> lower
     "Slice of two axes": Case("y = Slice(x, a, e)", weights="int64[2] a = {0, 0}, int64[2] e = {9, 1}"),
     "Tile": Case("y = Tile(x, k)", weights="int64[3] k = {1, 2, 3}"),
     "Tile once": Case("y = Tile(x, k)", weights="int64[3] k = {1, 1, 1}"),
@@ -386,7 +406,11 @@ CASES: dict[str, Case] = {
         )
         for op in ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin")
         for axes, keep in (((-1,), 1), ((0, 2), 0), ((1,), 0))
+<<<<<<< HEAD
     },  # fmt: skip
+=======
+    },
+>>>>>>> lower
     **{
         f"{op} of all": Case(f"y = {op}<keepdims=0>(x)", whole=True)
         for op in ("ReduceSum", "ReduceMax", "ReduceL1", "ReduceSumSquare")
@@ -424,7 +448,7 @@ CASES: dict[str, Case] = {
             weights="int64[1] k = {3}",
         )
         for largest in (0, 1)
-    },  # fmt: skip
+    },
     # shapes
     "Flatten": Case("y = Flatten<axis=2>(x)"),
     **{f"Flatten {a}": Case(f"y = Flatten<axis={a}>(x)") for a in (0, 1, -1, 3)},
@@ -439,7 +463,11 @@ CASES: dict[str, Case] = {
         "y = LayerNormalization<axis=-1, epsilon=1e-5>(x, g, h)",
         weights="float[4] g = {1, 2, -1, 0.5}, float[4] h = {0, 1, 2, 3}",
         units=APPROXIMATED,
+<<<<<<< HEAD
     ),  # fmt: skip
+=======
+    ),
+>>>>>>> lower
     "LayerNormalization without bias": Case(
         "y = LayerNormalization(x, g)", weights="float[4] g = {1, 2, -1, 0.5}", units=APPROXIMATED
     ),
@@ -456,7 +484,11 @@ CASES: dict[str, Case] = {
         "float[b,2,8] x, float[3] c",
         weights="float[3,2,3] w = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18}",
         whole=True,
+<<<<<<< HEAD
     ),  # fmt: skip
+=======
+    ),
+>>>>>>> lower
     "Conv of pictures": Case(
         "y = Conv<kernel_shape=[2,2]>(x, w)",
         "float[b,1,4,5] x",
@@ -519,9 +551,18 @@ def test_operator(name: str) -> None:
 @cache
 def _covered() -> set[str]:
     elsewhere = {  # in the files beside this one
-        "Attention", "RotaryEmbedding", "TensorScatter", "QuantizeLinear", "DequantizeLinear",
-        "Shape", "Size", "Reshape", "Expand", "ConstantOfShape", "Range",
-    }  # fmt: skip
+        "Attention",
+        "RotaryEmbedding",
+        "TensorScatter",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "Shape",
+        "Size",
+        "Reshape",
+        "Expand",
+        "ConstantOfShape",
+        "Range",
+    }
     return elsewhere | {n.op_type for c in CASES.values() for n in model(c.text, c.opset).graph}
 
 

@@ -34,8 +34,9 @@ CHAINS = {
     ),
     "heads together": Chain(
         "h = Shape(x) b = Gather(h, i0) bv = Unsqueeze(b, v0) s = Slice(h, v1, v2, v0) t = Concat<axis=0>(bv, s, m1) "
-        "y = Reshape(x, t)", "float[b,s,2,3] x"
-    ),  # fmt: skip
+        "y = Reshape(x, t)",
+        "float[b,s,2,3] x",
+    ),
     "Reshape copies with 0": Chain("y = Reshape(x, k)", weights="int64[4] k = {0, 0, 3, 2}"),
     "Reshape with 0 and -1": Chain("y = Reshape(x, k)", weights="int64[3] k = {0, -1, 2}"),
     "Reshape to a row": Chain("y = Reshape(x, k)", weights="int64[1] k = {-1}"),
@@ -57,66 +58,103 @@ CHAINS = {
         "h = Shape<start=1>(x) y = ConstantOfShape<value = int64[1] {3}>(h)", outputs="int64 y"
     ),
     "ConstantOfShape by default": Chain("h = Shape(x) y = ConstantOfShape(h)"),
-    "ConstantOfShape of bools": Chain("h = Shape(x) y = ConstantOfShape<value = bool[1] {1}>(h)", outputs="bool y"),
+    "ConstantOfShape of bools": Chain(
+        "h = Shape(x) y = ConstantOfShape<value = bool[1] {1}>(h)", outputs="bool y"
+    ),
     "Where and Equal choose a shape": Chain(
         "h = Shape(x) q = Equal(k, m) o = ConstantOfShape<value = int64[1] {1}>(l) w = Where(q, o, k) y = Expand(x, w)",
         weights="int64[3] k = {-1, -1, 6}, int64[3] m = {-1, -1, -1}, int64[1] l = {3}",
     ),
     "positions": Chain(
         "h = Shape(x) s = Gather(h, i1) p = Shape(z) n = Gather(p, i1) t = Add(s, n) y = Range(n, t, i1)",
-        "float[b,s,6] x, float[b,past,2] z", "int64 y",
+        "float[b,s,6] x, float[b,past,2] z",
+        "int64 y",
     ),
     "positions from zero": Chain("h = Shape(x) s = Gather(h, i1) y = Range(i0, s, i1)", outputs="int64 y"),
     "int32 positions": Chain(
-        "h = Shape(x) s = Gather(h, i1) t = Cast<to=6>(s) y = Range(z, t, o)", outputs="int32 y",
+        "h = Shape(x) s = Gather(h, i1) t = Cast<to=6>(s) y = Range(z, t, o)",
+        outputs="int32 y",
         weights="int64 i1 = {1}, int32 z = {0}, int32 o = {1}",
-    ),  # fmt: skip
+    ),
     "a Range that may be empty": Chain(
-        "h = Shape(x) s = Gather(h, i1) y = Range(i2, s, i1)", outputs="int64 y",
+        "h = Shape(x) s = Gather(h, i1) y = Range(i2, s, i1)",
+        outputs="int64 y",
         sizes=({"b": 1, "s": 1}, {"b": 1, "s": 2}, {"b": 2, "s": 5}),
-    ),  # fmt: skip
-    "a constant Range": Chain("r = Range(i0, n, i2) y = Gather<axis=2>(x, r)", weights="int64 i0 = {0}, int64 i2 = {2}, int64 n = {6}"),
-    "a Range of floats": Chain("r = Range(a, e, d) y = Add(x, r)", weights="float a = {0}, float e = {3}, float d = {0.5}"),
+    ),
+    "a constant Range": Chain(
+        "r = Range(i0, n, i2) y = Gather<axis=2>(x, r)",
+        weights="int64 i0 = {0}, int64 i2 = {2}, int64 n = {6}",
+    ),
+    "a Range of floats": Chain(
+        "r = Range(a, e, d) y = Add(x, r)", weights="float a = {0}, float e = {3}, float d = {0.5}"
+    ),
     "a causal mask": Chain(
         "h = Shape(x) s = Gather(h, i1) r = Range(i0, s, i1) c = Unsqueeze(r, v1) l = LessOrEqual(r, c) "
-        "y = Where(l, zero, low)", outputs="float y",
+        "y = Where(l, zero, low)",
+        outputs="float y",
         weights="int64 i0 = {0}, int64 i1 = {1}, int64[1] v1 = {1}, float zero = {0}, float low = {-3.4e38}",
-    ),  # fmt: skip
+    ),
     "division and remainder": Chain(
-        "h = Shape(x) n = Gather(h, i2) a = Div(n, i2) c = Mod(n, k) d = Mul(a, c) y = Unsqueeze(d, v0)", outputs="int64 y",
+        "h = Shape(x) n = Gather(h, i2) a = Div(n, i2) c = Mod(n, k) d = Mul(a, c) y = Unsqueeze(d, v0)",
+        outputs="int64 y",
         weights="int64 i2 = {2}, int64 k = {4}, int64[1] v0 = {0}",
-    ),  # fmt: skip
+    ),
     "division rounds toward zero": Chain(
-        "h = Shape(x) n = Gather(h, v1) a = Sub(n, k) y = Div(a, v2)", outputs="int64 y",
+        "h = Shape(x) n = Gather(h, v1) a = Sub(n, k) y = Div(a, v2)",
+        outputs="int64 y",
         weights="int64[1] v1 = {1}, int64[1] v2 = {2}, int64[1] k = {4}",
-    ),  # fmt: skip
+    ),
     "half of a symbolic size": Chain(
         "h = Shape(x) n = Gather(h, v1) e = Div(n, v2) y = Slice(x, v0, e, v1)",
         sizes=({"b": 1, "s": 1}, {"b": 1, "s": 4}, {"b": 3, "s": 7}),
     ),
     "Min and Max of sizes": Chain(
-        "h = Shape(x) n = Gather(h, v1) a = Min(n, v3) c = Max(a, v2) y = Identity(c)", outputs="int64 y",
+        "h = Shape(x) n = Gather(h, v1) a = Min(n, v3) c = Max(a, v2) y = Identity(c)",
+        outputs="int64 y",
         sizes=({"b": 1, "s": 1}, {"b": 1, "s": 3}, {"b": 1, "s": 7}),
-    ),  # fmt: skip
+    ),
     "a Slice by sizes": Chain(
-        "h = Shape(z) n = Gather(h, v1) y = Slice(x, n, big, v1)", "float[b,past,6] x, float[b,s,1] z",
+        "h = Shape(z) n = Gather(h, v1) y = Slice(x, n, big, v1)",
+        "float[b,past,6] x, float[b,s,1] z",
         weights="int64[1] v1 = {1}, int64[1] big = {9223372036854775807}",
         sizes=({"b": 1, "past": 3, "s": 1}, {"b": 2, "past": 3, "s": 5}),
-    ),  # fmt: skip
-    "the last tokens": Chain("y = Slice(x, m1, big, v1)", weights="int64[1] m1 = {-1}, int64[1] v1 = {1}, int64[1] big = {9223372036854775807}"),
-    "Slice of a shape": Chain("h = Shape(x) y = Slice(h, m1, big)", outputs="int64 y",
-                              weights="int64[1] m1 = {-1}, int64[1] big = {9223372036854775807}"),
-    "Slice of a shape backwards": Chain("h = Shape(x) y = Slice(h, m1, low, v0, m1)", outputs="int64 y",
-                                        weights="int64[1] m1 = {-1}, int64[1] v0 = {0}, int64[1] low = {-9223372036854775808}"),
-    "Split of a shape": Chain("h = Shape(x) p, q = Split<axis=0>(h, k) y = Reshape(x, t) t2 = Identity(q)",
-                              outputs="float y, int64 t2", weights="int64[2] k = {1, 2}, int64[3] t = {0, 0, -1}"),
+    ),
+    "the last tokens": Chain(
+        "y = Slice(x, m1, big, v1)",
+        weights="int64[1] m1 = {-1}, int64[1] v1 = {1}, int64[1] big = {9223372036854775807}",
+    ),
+    "Slice of a shape": Chain(
+        "h = Shape(x) y = Slice(h, m1, big)",
+        outputs="int64 y",
+        weights="int64[1] m1 = {-1}, int64[1] big = {9223372036854775807}",
+    ),
+    "Slice of a shape backwards": Chain(
+        "h = Shape(x) y = Slice(h, m1, low, v0, m1)",
+        outputs="int64 y",
+        weights="int64[1] m1 = {-1}, int64[1] v0 = {0}, int64[1] low = {-9223372036854775808}",
+    ),
+    "Split of a shape": Chain(
+        "h = Shape(x) p, q = Split<axis=0>(h, k) y = Reshape(x, t) t2 = Identity(q)",
+        outputs="float y, int64 t2",
+        weights="int64[2] k = {1, 2}, int64[3] t = {0, 0, -1}",
+    ),
     "product of a shape": Chain("h = Shape(x) y = ReduceProd<keepdims=0>(h)", outputs="int64 y"),
-    "a product of sizes shapes": Chain("h = Shape<end=2>(x) n = ReduceProd(h) t = Concat<axis=0>(n, m1) y = Reshape(x, t)"),
-    "Tile by sizes": Chain("h = Shape<end=1>(z) t = Concat<axis=0>(h, v1) y = Tile(x, t)", "float[s,2] x, float[b,1] z"),
-    "Trilu above the past": Chain("h = Shape<start=1, end=2>(z) k = Squeeze(h) n = Add(k, i1) y = Trilu<upper=1>(x, n)",
-                                  "float[s,9] x, float[b,past] z"),
-    "Squeeze of a size": Chain("h = Shape<end=1>(x) q = Squeeze(h, v0) y = Unsqueeze(q, v0)", outputs="int64 y"),
-    "comparisons of sizes": Chain("h = Shape(x) n = Gather(h, i2) g = Greater(n, i2) w = Where(g, i1, i0) y = Gather<axis=2>(x, w)"),
+    "a product of sizes shapes": Chain(
+        "h = Shape<end=2>(x) n = ReduceProd(h) t = Concat<axis=0>(n, m1) y = Reshape(x, t)"
+    ),
+    "Tile by sizes": Chain(
+        "h = Shape<end=1>(z) t = Concat<axis=0>(h, v1) y = Tile(x, t)", "float[s,2] x, float[b,1] z"
+    ),
+    "Trilu above the past": Chain(
+        "h = Shape<start=1, end=2>(z) k = Squeeze(h) n = Add(k, i1) y = Trilu<upper=1>(x, n)",
+        "float[s,9] x, float[b,past] z",
+    ),
+    "Squeeze of a size": Chain(
+        "h = Shape<end=1>(x) q = Squeeze(h, v0) y = Unsqueeze(q, v0)", outputs="int64 y"
+    ),
+    "comparisons of sizes": Chain(
+        "h = Shape(x) n = Gather(h, i2) g = Greater(n, i2) w = Where(g, i1, i0) y = Gather<axis=2>(x, w)"
+    ),
     "a condition that sizes decide": Chain(
         "h = Shape(x) n = Gather(h, i1) g = Greater(n, i2) f = Cast<to=1>(g) y = Mul(x, f)",
         sizes=({"b": 1, "s": 2}, {"b": 1, "s": 3}),
@@ -125,27 +163,53 @@ CHAINS = {
         "h = Shape(x) n = Gather(h, i2) g = Greater(n, i2) e = Equal(n, i2) o = Not(e) a = And(g, o) w = Where(a, i1, i0) "
         "y = Gather<axis=2>(x, w)"
     ),
-    "a shape in int32": Chain("h = Shape(x) c = Cast<to=6>(h) n = Gather(c, i1) d = Add(n, k) y = Cast<to=7>(d)", outputs="int64 y",
-                              weights="int64 i1 = {1}, int32 k = {5}"),
-    "a Gather of sizes by data": Chain("h = Shape(x) y = Gather(h, i)", "float[b,s,6] x, int64[n] i", "int64 y",
-                                       sizes=({"b": 1, "s": 2, "n": 3},)),
-    "sizes as data": Chain("h = Shape(x) a = Unsqueeze(h, v0) c = Concat<axis=0>(a, i) y = ReduceSum(c, v0)",
-                           "float[b,s,6] x, int64[1,3] i", "int64 y"),
+    "a shape in int32": Chain(
+        "h = Shape(x) c = Cast<to=6>(h) n = Gather(c, i1) d = Add(n, k) y = Cast<to=7>(d)",
+        outputs="int64 y",
+        weights="int64 i1 = {1}, int32 k = {5}",
+    ),
+    "a Gather of sizes by data": Chain(
+        "h = Shape(x) y = Gather(h, i)",
+        "float[b,s,6] x, int64[n] i",
+        "int64 y",
+        sizes=({"b": 1, "s": 2, "n": 3},),
+    ),
+    "sizes as data": Chain(
+        "h = Shape(x) a = Unsqueeze(h, v0) c = Concat<axis=0>(a, i) y = ReduceSum(c, v0)",
+        "float[b,s,6] x, int64[1,3] i",
+        "int64 y",
+    ),
     "Gather from a past of any size": Chain("y = Gather<axis=1>(x, m1)", "float[b,s,6] x"),
-    "broadcast of sizes that may differ": Chain("y = Add(x, z)", "float[b,s,6] x, float[b,t,6] z",
-                                                sizes=({"b": 1, "s": 2, "t": 2}, {"b": 3, "s": 5, "t": 5})),
-    "Where of sizes that may differ": Chain("y = Where(c, x, z)", "bool[b,t,1] c, float[b,s,6] x, float[1,n,6] z",
-                                            sizes=({"b": 2, "s": 3, "t": 3, "n": 3},)),
-    "MatMul of sizes that may differ": Chain("y = MatMul(x, z)", "float[b,2,s] x, float[n,t,4] z",
-                                             sizes=({"b": 2, "s": 3, "t": 3, "n": 2},)),
-    "Concat of sizes that may differ": Chain("y = Concat<axis=1>(x, z)", "float[b,s,6] x, float[n,t,6] z",
-                                             sizes=({"b": 2, "n": 2, "s": 3, "t": 4},)),
-    "Expand to a size that may differ": Chain("h = Shape(z) y = Expand(x, h)", "float[s,1] x, float[t,4] z",
-                                              sizes=({"s": 3, "t": 3},)),
-    "Squeeze of a size that may differ": Chain("y = Squeeze(x, v1)", "float[b,s,6] x", sizes=({"b": 2, "s": 1},)),
-    "a sum of named sizes": Chain("y = Add(x, z)", 'float[b,"past + s"] x, float[b,past] p, float[b,s] q, float[b,1] z',
-                                  sizes=({"b": 2, "past": 3, "s": 2, "past + s": 5},)),
-}  # fmt: skip
+    "broadcast of sizes that may differ": Chain(
+        "y = Add(x, z)",
+        "float[b,s,6] x, float[b,t,6] z",
+        sizes=({"b": 1, "s": 2, "t": 2}, {"b": 3, "s": 5, "t": 5}),
+    ),
+    "Where of sizes that may differ": Chain(
+        "y = Where(c, x, z)",
+        "bool[b,t,1] c, float[b,s,6] x, float[1,n,6] z",
+        sizes=({"b": 2, "s": 3, "t": 3, "n": 3},),
+    ),
+    "MatMul of sizes that may differ": Chain(
+        "y = MatMul(x, z)", "float[b,2,s] x, float[n,t,4] z", sizes=({"b": 2, "s": 3, "t": 3, "n": 2},)
+    ),
+    "Concat of sizes that may differ": Chain(
+        "y = Concat<axis=1>(x, z)",
+        "float[b,s,6] x, float[n,t,6] z",
+        sizes=({"b": 2, "n": 2, "s": 3, "t": 4},),
+    ),
+    "Expand to a size that may differ": Chain(
+        "h = Shape(z) y = Expand(x, h)", "float[s,1] x, float[t,4] z", sizes=({"s": 3, "t": 3},)
+    ),
+    "Squeeze of a size that may differ": Chain(
+        "y = Squeeze(x, v1)", "float[b,s,6] x", sizes=({"b": 2, "s": 1},)
+    ),
+    "a sum of named sizes": Chain(
+        "y = Add(x, z)",
+        'float[b,"past + s"] x, float[b,past] p, float[b,s] q, float[b,1] z',
+        sizes=({"b": 2, "past": 3, "s": 2, "past + s": 5},),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CHAINS)
