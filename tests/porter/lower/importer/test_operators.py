@@ -148,11 +148,7 @@ CASES: dict[str, Case] = {
             "x": np.array([7, -7, 7, -7, 0, 2**62, -(2**62), 5]),
             "z": np.array([2, 2, -2, -2, 3, 3, 3, 7]),
         },
-<<<<<<< HEAD
-    ),  # fmt: skip
-=======
     ),
->>>>>>> lower
     "Div int32": Case("y = Div(x, w)", "int32[b,4] x", "int32[...] y", weights="int32 w = {3}"),
     **{
         f"Mod {kind} {fmod}": Case(
@@ -263,11 +259,7 @@ CASES: dict[str, Case] = {
         "y = Gather<axis=1>(x, i)",
         "float[b,3,2] x, int64 i",
         feeds=lambda rng: {"x": rng.standard_normal((2, 3, 2)).astype("f4"), "i": np.array(-1)},
-<<<<<<< HEAD
-    ),  # fmt: skip
-=======
     ),
->>>>>>> lower
     "Gather by int32": Case(
         "y = Gather(w, x)",
         "int32[b,s] x",
@@ -288,11 +280,7 @@ CASES: dict[str, Case] = {
             "x": rng.standard_normal((3, 4, 2)).astype("f4"),
             "i": np.array([[0, 3], [-1, -4], [2, 0]]),
         },
-<<<<<<< HEAD
-    ),  # fmt: skip
-=======
     ),
->>>>>>> lower
     "GatherND in batches": Case(
         "y = GatherND<batch_dims=1>(x, i)",
         "float[b,s,2] x, int64[b,1] i",
@@ -305,11 +293,7 @@ CASES: dict[str, Case] = {
             "x": rng.standard_normal((2, 3)).astype("f4"),
             "i": np.array([[0, -1, 2, 1], [1, 1, -3, 0]]),
         },
-<<<<<<< HEAD
-    ),  # fmt: skip
-=======
     ),
->>>>>>> lower
     # parts
     "Concat": Case("y = Concat<axis=1>(x, z)", "float[b,s,4] x, float[b,n,4] z"),
     "Concat from the end": Case("y = Concat<axis=-1>(x, x, x)"),
@@ -372,11 +356,7 @@ CASES: dict[str, Case] = {
             (3, 0, -1),
             (-2, -9223372036854775808, -2),
         )
-<<<<<<< HEAD
-    },  # fmt: skip
-=======
     },
->>>>>>> lower
     "Slice of two axes": Case("y = Slice(x, a, e)", weights="int64[2] a = {0, 0}, int64[2] e = {9, 1}"),
     "Tile": Case("y = Tile(x, k)", weights="int64[3] k = {1, 2, 3}"),
     "Tile once": Case("y = Tile(x, k)", weights="int64[3] k = {1, 1, 1}"),
@@ -406,11 +386,7 @@ CASES: dict[str, Case] = {
         )
         for op in ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin")
         for axes, keep in (((-1,), 1), ((0, 2), 0), ((1,), 0))
-<<<<<<< HEAD
-    },  # fmt: skip
-=======
     },
->>>>>>> lower
     **{
         f"{op} of all": Case(f"y = {op}<keepdims=0>(x)", whole=True)
         for op in ("ReduceSum", "ReduceMax", "ReduceL1", "ReduceSumSquare")
@@ -463,11 +439,7 @@ CASES: dict[str, Case] = {
         "y = LayerNormalization<axis=-1, epsilon=1e-5>(x, g, h)",
         weights="float[4] g = {1, 2, -1, 0.5}, float[4] h = {0, 1, 2, 3}",
         units=APPROXIMATED,
-<<<<<<< HEAD
-    ),  # fmt: skip
-=======
     ),
->>>>>>> lower
     "LayerNormalization without bias": Case(
         "y = LayerNormalization(x, g)", weights="float[4] g = {1, 2, -1, 0.5}", units=APPROXIMATED
     ),
@@ -484,11 +456,7 @@ CASES: dict[str, Case] = {
         "float[b,2,8] x, float[3] c",
         weights="float[3,2,3] w = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18}",
         whole=True,
-<<<<<<< HEAD
-    ),  # fmt: skip
-=======
     ),
->>>>>>> lower
     "Conv of pictures": Case(
         "y = Conv<kernel_shape=[2,2]>(x, w)",
         "float[b,1,4,5] x",
