@@ -263,13 +263,19 @@ class Importer:
         for output in self.model.graph.outputs:
             self.current = output.name or "?"
             tensor = self.tensor(self.value(output))
-            if tensor in taken or isinstance(tensor, Constant) or tensor in {*self.weights.variables}:
+            if isinstance(tensor, Constant):  # else TVM would fold the copy
+                tensor = self._parameter(tensor)
+            if tensor in taken or tensor in {*self.weights.variables}:
                 tensor = self.copied(tensor)
             elif tensor in self._written:
                 self.in_place[output.name] = self._written[tensor]
             taken.add(tensor)
             results.append(self.builder.emit_output(tensor))
         return results
+
+    def _parameter(self, constant: Constant) -> relax.Var:
+        array = constant.value.numpy()
+        return self.weights.parameter(("result", self.current), array.shape, str(constant.ty.dtype), lambda: array)
 
     def _made(self, variable: relax.Var) -> relax.Var:
         self.sources[variable.name] = self.current
