@@ -1,1 +1,1 @@
-"""ONNX to a compiled library and a plan, through TVM: the only package that imports tvm besides the runners."""
+"""ONNX to a compiled library and a plan, through TVM: with the runners, all that imports tvm."""

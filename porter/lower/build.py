@@ -18,8 +18,8 @@ from porter.errors import EnvironmentFailure, TargetError
 from porter.lower import sources
 from porter.target import TargetSpec
 
-# What every x86-64 server and laptop of the last decade has (AVX2, FMA, F16C). Not the build machine's own CPU: the
-# same input must give the same library everywhere, and a bundle must run elsewhere.
+# What every x86-64 server and laptop of the last decade has (AVX2, FMA, F16C). Not the build machine's own
+# CPU: the same input must give the same library everywhere, and a bundle must run elsewhere.
 BASELINE = {"x86_64": "x86-64-v3", "AMD64": "x86-64-v3"}
 
 
@@ -34,7 +34,7 @@ def tvm_target(spec: TargetSpec) -> tvm.target.Target:
 
 @dataclass
 class Planned:
-    """A module whose every buffer is a view of a storage of known size, and the ONNX nodes behind its launches."""
+    """A module whose buffers are views of storages of known size, and the ONNX nodes behind its launches."""
 
     module: tvm.IRModule
     nodes: list[list[str]]  # of each kernel call of `main`, in order
@@ -94,8 +94,8 @@ def compiled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Exe
 def write_library(executable: tvm.runtime.Executable, path: Path) -> None:
     """Link the library. Raises EnvironmentFailure PORT-0902 when there is no C++ compiler to link with.
 
-    Object files and the linker's own scratch stand beside the library: if this process is killed they go with the
-    folder that the next conversion removes, and nothing stays in the system's temporary folder.
+    Object files and the linker's own scratch stand beside the library: if this process is killed they go with
+    the folder that the next conversion removes, and nothing stays in the system's temporary folder.
     """
     scratch = path.parent / ".objects"
     scratch.mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from porter.lower import tvm_setup
+from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
 
 # isort: split
 from porter.lower import build, plan, weights
@@ -27,8 +27,8 @@ def lower(
 ) -> plan.Plan:
     """Compile `model` and write `lib/model.so`, `lib/weights.bin` and `plan.json` into `folder`.
 
-    `bounds` gives the largest value of each symbolic dimension; memory is planned for them. Weights are packed and
-    written one at a time. Raises TargetError PORT-0410 to PORT-0420, ModelError PORT-0412,
+    `bounds` gives the largest value of each symbolic dimension; memory is planned for them. Weights are
+    packed and written one at a time. Raises TargetError PORT-0410 to PORT-0420, ModelError PORT-0412,
     EnvironmentFailure PORT-0902.
     """
     imported = Importer(model, bounds).run()

@@ -1,7 +1,7 @@
 """Plan: the memory and the launches of a planned Relax program, as data.
 
-A storage is a block of the workspace; buffers are views of storages, alive from the launch that writes them first to
-the launch that reads them last. Sizes are upper bounds at the largest symbolic dimensions.
+A storage is a block of the workspace; buffers are views of storages, alive from the launch that writes them
+first to the launch that reads them last. Sizes are upper bounds at the largest symbolic dimensions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Buffer:
 
 @dataclass
 class Launch:
-    """One kernel call: its buffers in the kernel's order, then its integer arguments, and the ONNX nodes it computes."""
+    """One kernel call: its buffers and integer arguments in order, and the ONNX nodes that it computes."""
 
     kernel: str
     buffers: list[str]
@@ -46,7 +46,7 @@ class Launch:
 
 @dataclass
 class Plan:
-    """Everything a runner needs besides the code: interface, bounds, storages with offsets, weights, launches."""
+    """What a runner needs besides the code: interface, bounds, storages with offsets, weights, launches."""
 
     bounds: dict[str, int]
     inputs: list[dict[str, Any]]

@@ -1,7 +1,8 @@
 """Sources: which ONNX nodes each kernel launch computes, followed through the passes that merge kernels.
 
-The importer names the node of every variable it binds. Fusing moves bindings into functions and renames them, but
-what is computed stays: a call is recognised by its callee and its operands, operand by operand from the inputs on.
+The importer names the node of every variable it binds. Fusing moves bindings into functions and renames them,
+but what is computed stays: a call is recognised by its callee and its operands, operand by operand from the
+inputs on.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ OPERATORS: frozenset[str] = frozenset(
     ReduceProd ReduceSum ReduceSumSquare Relu Reshape RotaryEmbedding Round Selu SequenceAt Shape Sigmoid
     Sign Sin Size Slice Softmax Softplus Split SplitToSequence Sqrt Squeeze Sub Sum Swish Tanh
     TensorScatter Tile TopK Transpose Trilu Unsqueeze Where Xor porter.PackInt4 porter.UnpackInt4
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 # As onnx_ir.DataType spells them.
@@ -21,5 +21,5 @@ TYPES: frozenset[str] = frozenset(
     """
     BOOL INT8 INT16 INT32 INT64 UINT8 UINT16 UINT32 UINT64 FLOAT FLOAT16 BFLOAT16 DOUBLE
     INT4 FLOAT8E4M3FN FLOAT8E5M2
-    """.split()
+    """.split()  # noqa: SIM905
 )

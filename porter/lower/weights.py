@@ -1,4 +1,4 @@
-"""Weights: the parameters of a lowered program, packed one at a time into one file that is mapped at run time."""
+"""Weights: the parameters of a program, packed one at a time into a file that is mapped at run time."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def offsets(parameters: list[Parameter]) -> list[int]:
 def write(
     parameters: list[Parameter], path: Path, progress: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Pack and write every parameter; one is in memory at a time. `progress` gets the bytes written so far."""
+    """Pack and write every parameter; one is in memory at a time.
+
+    `progress` gets the bytes written so far.
+    """
     with path.open("wb") as file:
         for parameter in parameters:
             _write_one(parameter, file)

@@ -1,4 +1,4 @@
-"""HostRunner: a lowered program on this machine's CPU, in TVM's virtual machine; weights are mapped, not read."""
+"""HostRunner: a lowered program on this machine's CPU, in TVM's virtual machine; weights are mapped."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ ALIGNMENT = 64  # kernels load whole vectors, so a buffer must begin on a cache 
 class HostRunner:
     """Runs a bundle's folder. Implements Runner.
 
-    A C-contiguous, writable array that begins on a cache line goes in without being copied; so do outputs come out.
-    Raises BundleError PORT-0501 when the program cannot be loaded, OptionError PORT-0502 when feeds do not fit the
-    interface, exceed the sizes that memory was planned for, or are refused by the program itself.
+    A C-contiguous, writable array that begins on a cache line goes in without being copied; so do outputs
+    come out. Raises BundleError PORT-0501 when the program cannot be loaded, OptionError PORT-0502 when feeds
+    do not fit the interface, exceed the sizes that memory was planned for, or are refused by the program
+    itself.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +47,7 @@ class HostRunner:
         self.bounds: dict[str, int] = plan["bounds"]
 
     def run(self, feeds: Feeds) -> Feeds:
-        """Outputs by name; an output that overwrites an input is that input's own array, if it can be written to."""
+        """Outputs by name; one that overwrites an input is that input's own array, if that can be written."""
         self._check(feeds)
         arrays = [np.asarray(feeds[name]) for name in self.inputs]
         self._check_apart(arrays)

@@ -14,7 +14,7 @@ UNIT = 2.0**-24  # what one float32 operation may be off by, relative to its res
 
 
 def built(functions: Iterable[tirx.PrimFunc]) -> list[Callable[..., np.ndarray]]:
-    """The kernels, compiled together; each takes its arguments and the shape of its float32 or `dtype` result."""
+    """The kernels, compiled together; each takes its arguments and the shape (and dtype) of its result."""
     named = [f.with_attr("global_symbol", f"kernel_{i}") for i, f in enumerate(functions)]
     module = tvm.IRModule({f.attrs["global_symbol"]: f for f in named})
     library = tvm.tirx.build(module, target=build.tvm_target(target.load("host")))

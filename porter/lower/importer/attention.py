@@ -1,4 +1,4 @@
-"""Attention, RotaryEmbedding, RMSNormalization and TensorScatter: the operators that have kernels of their own."""
+"""The operators with kernels of their own: Attention, RotaryEmbedding, RMSNormalization, TensorScatter."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _reading(imp: Importer, value: Value) -> tuple[kernels.Cache, list[relax.Exp
 def _masking(
     imp: Importer, mask: Value, spec: kernels.Attention, whole: list[Any]
 ) -> tuple[relax.Expr, kernels.Attention]:
-    """The mask in four dimensions, each 1 or that of `whole` (batch, heads, steps, keys), and the kernel for it."""
+    """The mask in four dimensions, each 1 or that of `whole` (batch, heads, steps, keys), and its kernel."""
     tensor = imp.tensor(mask)
     missing = 4 - len(imp.shape(tensor))
     tensor = imp.emit(op.expand_dims(tensor, list(range(missing)))) if missing else tensor

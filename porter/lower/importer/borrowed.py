@@ -1,4 +1,4 @@
-"""Operators whose converters in TVM's own ONNX frontend are right: called one by one, in TVM's calling convention."""
+"""Operators for which TVM's own ONNX frontend is right: its converters, called one by one."""
 
 from __future__ import annotations
 

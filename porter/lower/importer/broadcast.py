@@ -13,8 +13,8 @@ from porter.lower.importer.program import Importer
 def broadcast_dims(imp: Importer, *shapes: list[Any]) -> list[Any]:
     """The shape that `shapes` broadcast to, aligned at their ends.
 
-    Of two sizes that may differ, such as `total` and `past + sequence`, the first is taken: a number before a symbol.
-    Raises TargetError PORT-0411 for sizes that do differ.
+    Of two sizes that may differ, such as `total` and `past + sequence`, the first is taken: a number before a
+    symbol. Raises TargetError PORT-0411 for sizes that do differ.
     """
     rank = max(map(len, shapes), default=0)
     return [_common(imp, [s[i - rank] for s in shapes if len(s) >= rank - i], shapes) for i in range(rank)]
@@ -30,7 +30,7 @@ def _common(imp: Importer, sizes: list[Any], shapes: tuple[list[Any], ...]) -> A
 
 
 def agreed(imp: Importer, tensor: relax.Expr, dims: list[Any]) -> relax.Expr:
-    """The tensor with its dimensions known to be `dims`; those that cannot be proven so are checked at run time."""
+    """The tensor with its dimensions known to be `dims`, at run time where that cannot be proven."""
     own = imp.shape(tensor)
     if all(imp.same(a, b) for a, b in zip(own, dims, strict=True)):
         return tensor

@@ -25,9 +25,10 @@ class Dimensions:
         self.upper: dict[str, int] = {}  # of the variables in use
 
     def of(self, dim: int | ir.SymbolicDim, fallback: str) -> Expr:
-        """The dimension of an input; `a + b` is a sum if both have inputs of their own, else a name like any other.
+        """The dimension of an input; `a + b` is a sum if inputs have both by themselves, else just a name.
 
-        `fallback` names a dimension that has no name. Raises TargetError PORT-0419 when it has no upper bound.
+        `fallback` names a dimension that has no name. Raises TargetError PORT-0419 when it has no upper
+        bound.
         """
         if isinstance(dim, int):
             return tirx.IntImm("int64", dim)
@@ -74,8 +75,9 @@ class Dimensions:
             return self._bounds[name]
         terms = [int(t) if t.isdecimal() else self._bounds.get(t) for t in _terms(name)]
         if None in terms:
-            raise TargetError("PORT-0419", f"the dimension {name!r} has no upper bound to plan memory for", where=where,
-                              hint="name it batch, sequence or past, or make it a fixed size")  # fmt: skip
+            what = f"the dimension {name!r} has no upper bound to plan memory for"
+            hint = "name it batch, sequence or past, or make it a fixed size"
+            raise TargetError("PORT-0419", what, where=where, hint=hint)
         return sum(terms)
 
 

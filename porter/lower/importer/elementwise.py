@@ -55,7 +55,7 @@ def _on_ints(function: Callable[..., Any], *values: Ints, dtype: str | None = No
 def _binary(
     tensor_op: Callable[..., Any], int_op: Callable[..., Any] | None = None, *, answers: bool = False
 ) -> Callable[..., Value]:
-    """`int_op(imp, a, b)` on known integers, None where it cannot tell; `answers` says that results are bool."""
+    """`int_op(imp, a, b)` on known integers, None where it cannot tell; `answers`: the results are bool."""
 
     def run(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
         pair = _ints_pair(imp, a, b) if int_op else None
@@ -106,7 +106,7 @@ def _remainder(imp: Importer, a: Any, b: Any) -> Any:
 
 
 def _safely(divide: Callable[[Expr, Expr], Expr], by_minus_one: Callable[[Expr], Expr]) -> Callable[..., Any]:
-    """Integer division that cannot trap: x / 0 is 0, and the lowest integer / -1 wraps around, as it does in numpy."""
+    """Division that cannot trap: x / 0 is 0, and the lowest integer / -1 wraps around, as in numpy."""
 
     def element(x: Expr, y: Expr) -> Expr:
         zero, one = tirx.IntImm(str(x.ty.dtype), 0), tirx.IntImm(str(x.ty.dtype), 1)

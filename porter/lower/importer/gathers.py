@@ -32,7 +32,7 @@ def _gather(imp: Importer, node: ir.Node, data: Value, indices: Value) -> Value:
 
 
 def _checked(imp: Importer, indices: Value, sizes: list[Any]) -> relax.Expr:
-    """Indices, the last axis of which counts the sizes where there are several, counted from the front and checked.
+    """Indices counted from the front and checked; of several `sizes`, the last axis counts them.
 
     Constant ones are checked now where the size is a number, all others when the program runs.
     """

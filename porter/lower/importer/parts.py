@@ -151,7 +151,7 @@ def _greater(imp: Importer, a: Any, b: Any) -> Any:
 
 
 def _within(imp: Importer, value: Any, size: Any, low: int, high: Any) -> Any:
-    """`value`, from the end if it is negative, in low..high; an expression is clamped where it may lie outside."""
+    """`value`, from the end if negative, in low..high; an expression is clamped where it may lie outside."""
     if isinstance(value, int) and abs(value) >= FAR:
         return high if value > 0 else low
     if isinstance(value, int) and value < 0:

@@ -19,8 +19,8 @@ NARROW = ("float16", "bfloat16")
 def cast(imp: Importer, tensor: relax.Expr, dtype: str) -> relax.Expr:
     """The tensor in another element type; itself where it has it.
 
-    TVM computes bfloat16 in float32 and drops the rounding between two operations that it fuses; a cast to it is a
-    kernel of its own, so that at least what the model asks for is rounded.
+    TVM computes bfloat16 in float32 and drops the rounding between two operations that it fuses; a cast to it
+    is a kernel of its own, so that at least what the model asks for is rounded.
     """
     if str(tensor.ty.dtype) == dtype:
         return tensor
@@ -30,7 +30,8 @@ def cast(imp: Importer, tensor: relax.Expr, dtype: str) -> relax.Expr:
 def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     """An operator function whose float16 and bfloat16 inputs are widened first, as its kernels want them.
 
-    Float results then get the type of the first of those. Raises TargetError PORT-0413 for float64, which would lose.
+    Float results then get the type of the first of those. Raises TargetError PORT-0413 for float64, which
+    would lose.
     """
 
     @wraps(function)

@@ -56,7 +56,7 @@ class Importer:
     """Holds what the operator functions share: the block builder, known values, weights and kernels."""
 
     def __init__(self, model: ir.Model, bounds: dict[str, int]) -> None:
-        """`bounds` are upper bounds of symbolic dimensions: they plan memory, and prove clamped sizes equal."""
+        """`bounds` has the largest value of every symbolic dimension: memory is planned for them."""
         self.model = model
         self.opset = model.opset_imports.get("", OLDEST)
         self.builder = relax.BlockBuilder()
@@ -78,8 +78,9 @@ class Importer:
     def run(self) -> Imported:
         """Import the whole graph.
 
-        Raises TargetError PORT-0410 for an operator without importer, PORT-0411 when one cannot be lowered, PORT-0413
-        to PORT-0417, PORT-0419 and PORT-0420 for what the lowering does not take, ModelError PORT-0412.
+        Raises TargetError PORT-0410 for an operator without importer, PORT-0411 when one cannot be lowered,
+        PORT-0413 to PORT-0417, PORT-0419 and PORT-0420 for what the lowering does not take, ModelError
+        PORT-0412.
         """
         if self.opset < OLDEST:
             raise TargetError(
@@ -173,14 +174,14 @@ class Importer:
         return self.emit(relax.call_tir(kernel, args, relax.TensorType(shape, dtype)))
 
     def overwrite(self, kernel: relax.GlobalVar, args: list[relax.Expr], owner: str | None) -> relax.Var:
-        """Bind the first argument after a kernel has written to it; `owner` is the input whose buffer it is, if any."""
+        """Bind the first argument once a kernel has written to it; `owner` is the input that it is."""
         result = self.emit(relax.op.call_tir_inplace(kernel, args, 0, args[0].ty))
         if owner is not None:
             self._written[result] = owner
         return result
 
     def lent(self, node: ir.Node) -> bool:
-        """May `node` overwrite its first input? If that is the graph's own, comes back, and no other node reads it."""
+        """May `node` overwrite its first input? If that is the graph's, comes back, and has no other reader."""
         value = node.inputs[0]
         readers = [use.node for use in value.uses() if use.node.op_type not in ("Shape", "Size")]
         returned = node.outputs[0].is_graph_output() and not value.is_graph_output()
@@ -241,8 +242,8 @@ class Importer:
         self.current = node.name or node.outputs[0].name or node.op_type
         function = function_for(node)
         if function is None:
-            raise TargetError("PORT-0410", f"there is no lowering for {node.domain or 'ai.onnx'}.{node.op_type}",
-                              where=self.current)  # fmt: skip
+            what = f"there is no lowering for {node.domain or 'ai.onnx'}.{node.op_type}"
+            raise TargetError("PORT-0410", what, where=self.current)
         try:
             result = function(self, node, *[self.value(v) for v in node.inputs])
         except PorterError:
@@ -257,7 +258,7 @@ class Importer:
                 self._values[output] = value
 
     def _outputs(self) -> list[relax.Var]:
-        """The results; what is an input, a weight or an earlier result is copied, so that none shares memory."""
+        """The results; an input, a weight or an earlier result is copied, so that none shares memory."""
         taken = {self._values[v] for v in self.given}
         results = []
         for output in self.model.graph.outputs:
@@ -275,7 +276,9 @@ class Importer:
 
     def _parameter(self, constant: Constant) -> relax.Var:
         array = constant.value.numpy()
-        return self.weights.parameter(("result", self.current), array.shape, str(constant.ty.dtype), lambda: array)
+        return self.weights.parameter(
+            ("result", self.current), array.shape, str(constant.ty.dtype), lambda: array
+        )
 
     def _made(self, variable: relax.Var) -> relax.Var:
         self.sources[variable.name] = self.current

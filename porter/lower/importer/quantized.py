@@ -50,7 +50,7 @@ def _refuse_zero_point(imp: Importer, zero: Value | None) -> None:
 
 
 def _placement(imp: Importer, node: ir.Node, rank: int, scale: list[Any]) -> tuple[int, int]:
-    """The axis along which scales change (-1: one for all) and how many codes share each (0: those of one index)."""
+    """The axis that scales follow (-1: one for all) and how many codes share one (0: those of one index)."""
     block = int(attribute(node, "block_size", 0))
     if not scale or (scale == [1] and not block):
         return -1, 0
@@ -58,7 +58,7 @@ def _placement(imp: Importer, node: ir.Node, rank: int, scale: list[Any]) -> tup
 
 
 def matrix_layout(value: Quantized) -> Layout | None:
-    """How the kernels store this constant matrix [n, k] (as it is seen), or None when its scales do not fit them.
+    """How the kernels store this constant matrix [n, k] (as it is seen); None if its scales do not fit them.
 
     They fit when the scales run along the rows: one for all, one per row, or one per `block` codes of a row.
     """
@@ -104,10 +104,13 @@ def shape_of(imp: Importer, value: Quantized) -> list[Any]:
 
 
 def expand(imp: Importer, value: Quantized) -> relax.Expr:
-    """The floats themselves, for a consumer that has no kernel for codes; int8 codes where there are no scales."""
+    """The floats, for a consumer that has no kernel for codes; int8 codes where there are no scales."""
     if isinstance(value.codes, Weight):
-        raise TargetError("PORT-0417", "no kernel reads this quantized weight where it stands", where=imp.current,
-                          hint="leave it out of quantize.weights")  # fmt: skip
+        what, hint = (
+            "no kernel reads this quantized weight where it stands",
+            "leave it out of quantize.weights",
+        )
+        raise TargetError("PORT-0417", what, where=imp.current, hint=hint)
     codec, per_word = CODECS[value.codec], CODECS[value.codec].per_word
     scales = [] if value.scales is None else [cast(imp, value.scales, "float32")]
 

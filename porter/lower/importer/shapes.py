@@ -62,7 +62,7 @@ def _reshaped(imp: Importer, tensor: relax.Expr, target: list[Any]) -> relax.Exp
 
 
 def _nothing(imp: Importer, tensor: relax.Expr, target: list[Any]) -> relax.Expr:
-    """An empty tensor of this shape; it has no element, so which one of the other it would be does not matter."""
+    """An empty tensor of this shape: it does not matter which element of the other fills it."""
     origin = [0] * len(imp.shape(tensor))
     return imp.te(
         lambda t: te.compute([imp.dim(d) for d in target], lambda *_: t(*origin)), tensor, name="nothing"
@@ -77,7 +77,7 @@ def _flatten(imp: Importer, node: ir.Node, x: Value) -> Value:
 
 
 def _ratio(imp: Importer, above: list[Any], below: list[Any]) -> Any:
-    """product(above) / product(below): equal factors are struck out first, so that symbols need no division."""
+    """product(above) / product(below); equal factors are struck out first: symbols need no division then."""
     above, left = list(above), []
     for factor in below:
         match = next((i for i, a in enumerate(above) if imp.same(a, factor)), None)
@@ -92,7 +92,7 @@ def _ratio(imp: Importer, above: list[Any], below: list[Any]) -> Any:
 
 
 def axes_of(imp: Importer, node: ir.Node, axes: Value | None) -> list[int] | None:
-    """Axes from an input, or before opset 13 (18 for reductions) from an attribute; None when there are none."""
+    """Axes from an input, or before opset 13 (18 for reductions) an attribute; None if there are none."""
     found = attribute(node, "axes") if axes is None else known(imp, axes, "an axis")
     return None if found is None else [int(a) for a in found]
 

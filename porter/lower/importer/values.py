@@ -1,4 +1,4 @@
-"""What an ONNX value is while it is being imported: a tensor, known integers, a weight, or codes with scales."""
+"""What an ONNX value is at import: a tensor, known integers, a weight, or codes with scales."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from tvm import relax, tirx
 
 @dataclass(frozen=True)
 class Ints:
-    """Integers known at import, as numbers or expressions of symbolic dimensions: what shape arithmetic works on.
+    """Integers known at import, numbers or expressions of symbolic sizes: what shape arithmetic works on.
 
-    `values` is a numpy object array of rank 0 or 1 whose entries are int or Expr; `dtype` is int64, int32 or bool.
+    `values` is a numpy object array of rank 0 or 1 whose entries are int or Expr; `dtype` is int64, int32 or
+    bool.
     """
 
     values: np.ndarray
@@ -67,11 +68,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes and scales that a kernel will decode in registers: the value of a DequantizeLinear not yet computed.
+    """Codes and scales that a kernel will decode in registers: a DequantizeLinear not yet computed.
 
-    `axis` is -1 for one scale per tensor; else `block` codes along `axis` share a scale (0: one scale per index of
-    `axis`). `codec` names a porter.lower.kernels codec. `transposed` swaps the two axes of what it stands for.
-    Without scales it stands for the codes themselves, as int8.
+    `axis` is -1 for one scale per tensor; else `block` codes along `axis` share a scale (0: one scale per
+    index of `axis`). `codec` names a porter.lower.kernels codec. `transposed` swaps the two axes of what it
+    stands for. Without scales it stands for the codes themselves, as int8.
     """
 
     codes: Weight | relax.Expr

@@ -1,8 +1,11 @@
-"""Attention over a float or quantized cache, one pass over the keys (online softmax; codes are decoded in registers).
+"""Attention over a float or quantized cache in one pass over the keys; codes are decoded in registers.
 
-    y = softmax(softcap(scale * q kᵀ) + mask) v     with running maximum and sum (Milakov & Gimelshein 2018; Dao 2022)
+    y = softmax(softcap(scale * q kᵀ) + mask) v
 
-Layouts are ONNX's: q [b, hq, s, d], k [b, hk, t, d], v [b, hk, t, dv]; hq is a multiple of hk (grouped queries).
+with running maximum and sum (online softmax: Milakov & Gimelshein 2018; Dao 2022).
+
+Layouts are ONNX's: q [b, hq, s, d], k [b, hk, t, d], v [b, hk, t, dv]; hq is a multiple of hk (grouped
+queries).
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from porter.lower.kernels.codecs import CODECS
 from porter.lower.kernels.define import Dim, Expr, Spec, T, define, f32, i64, local, loop, store, tanh, tirx
 
 TILE = 8  # keys between two rescalings of the accumulator
-# A finite "minus infinity": exp(-inf - LOWEST) is 0, exp(-inf - -inf) would be NaN. It is the lowest float32 because
-# that is what exporters put into masks: a row in which every key has it is spread evenly, as by softmax.
+# A finite "minus infinity": exp(-inf - LOWEST) is 0, exp(-inf - -inf) would be NaN. It is the lowest float32
+# because that is what exporters put into masks: a row in which every key has it is spread evenly, as by
+# softmax.
 LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -42,9 +46,10 @@ class Cache:
 class Attention:
     """One attention kernel. `length` is the axis of k and v: a symbol, or the capacity of a static cache.
 
-    `offset` says where query i stands among the keys when `causal`: `start` at key i, `end` at length - s + i,
-    `lengths` at lengths[b] - s + i with the extra input lengths [b] int64, which also hides later keys.
-    `mask` is its shape with 1 where it broadcasts (batch, heads, s, t), or () for none; `mask_dtype` bool or float32.
+    `offset` says where query i stands among the keys when `causal`: `start` at key i, `end` at length - s +
+    i, `lengths` at lengths[b] - s + i with the extra input lengths [b] int64, which also hides later keys.
+    `mask` is its shape with 1 where it broadcasts (batch, heads, s, t), or () for none; `mask_dtype` bool or
+    float32.
     """
 
     query_heads: int
@@ -62,7 +67,8 @@ class Attention:
     @property
     def name(self) -> str:
         """The kernel's name, readable in a plan; the module makes it unique."""
-        return f"attention_h{self.query_heads}_{self.heads}_d{self.key.width}_{self.key.codec}_{self.value.codec}"
+        heads, codecs = f"h{self.query_heads}_{self.heads}", f"{self.key.codec}_{self.value.codec}"
+        return f"attention_{heads}_d{self.key.width}_{codecs}"
 
 
 def with_mask(spec: Attention, shape: tuple[Dim, ...], dtype: str) -> Attention:
@@ -71,7 +77,7 @@ def with_mask(spec: Attention, shape: tuple[Dim, ...], dtype: str) -> Attention:
 
 
 def attention(spec: Attention) -> tirx.PrimFunc:
-    """q, k (, k_scale), v (, v_scale) (, lengths) (, mask) -> y [b, hq, s, dv]; a query that sees no key gives zeros."""
+    """q, k (, k_scale), v (, v_scale) (, lengths) (, mask) -> y [b, hq, s, dv]; no key seen gives zeros."""
     key = spec.key.buffers("k", spec.heads, spec.length)
     value = spec.value.buffers("v", spec.heads, spec.length)
     buffers: list[Spec] = [("q", ("b", spec.query_heads, "s", spec.key.width), "float32"), *key, *value]
@@ -157,7 +163,7 @@ def _masked(
 
 
 def _dot(cache: Cache, at: dict[str, tirx.Buffer], query: tirx.Buffer, b: Expr, head: Expr, j: Expr) -> Expr:
-    """Emit q · k[j] and return it; partial sums stand in lanes so that the loop is one vector multiply-add."""
+    """Emit q · k[j] and return it; the partial sums stand in lanes, so the loop is one vector operation."""
     codec = CODECS[cache.codec]
     words = cache.width // codec.per_word
     lanes = next(n for n in (16, 8, 4, 2, 1) if words % n == 0)

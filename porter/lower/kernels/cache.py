@@ -8,7 +8,8 @@ from porter.lower.kernels.define import T, define, i64, loop, store, tirx
 def append(heads: int, capacity: int, width: int, dtype: str, *, circular: bool = False) -> tirx.PrimFunc:
     """cache [b, heads, capacity, width], new [b, heads, s, width], starts [b] int64.
 
-    cache[n, :, starts[n] + t] = new[n, :, t]. A token past the capacity wraps around when `circular` and is dropped otherwise: never written out of bounds.
+    cache[n, :, starts[n] + t] = new[n, :, t]. A token past the capacity wraps around when `circular` and is
+    dropped otherwise: never written out of bounds.
     """
 
     def body(cache, new, starts, b, s):

@@ -9,14 +9,14 @@ import numpy as np
 
 from porter.lower.kernels.define import Expr, T, f32, tirx
 
-# An 8-bit float shifted into a float16 is its value times a power of two, subnormals included, and float16 widens
-# exactly, in one instruction that also heeds no flush-to-zero mode. (A cast of TVM's own FP8 types gives wrong values
-# for zero, subnormals and NaN under LLVM.)
+# An 8-bit float shifted into a float16 is its value times a power of two, subnormals included, and float16
+# widens exactly, in one instruction that also heeds no flush-to-zero mode. (A cast of TVM's own FP8 types
+# gives wrong values for zero, subnormals and NaN under LLVM.)
 
 
 @dataclass(frozen=True)
 class Codec:
-    """One storage form of a weight or cache: `storage` is a TIR dtype, `per_word` the codes in one element of it."""
+    """A storage form: `storage` is a TIR dtype, `per_word` the codes in one element of it."""
 
     name: str
     storage: str
@@ -38,7 +38,7 @@ def _decode_e5m2(word: Expr, _: Expr) -> Expr:
 
 
 def _decode_e4m3fn(word: Expr, _: Expr) -> Expr:
-    """One exponent bit less than float16 and a bias of 7 for 15; the only NaN is all ones, and there is no infinity."""
+    """One exponent bit less than float16, a bias of 7 for 15, all ones the only NaN, and no infinity."""
     code = tirx.Cast("uint16", word)
     magnitude = code & _const(127, "uint16")
     bits = ((code & _const(128, "uint16")) << _const(8, "uint16")) | (magnitude << _const(7, "uint16"))
@@ -71,7 +71,7 @@ CODECS = {
 
 
 def pack_pairs(codes: np.ndarray, axis: int) -> np.ndarray:
-    """int4 codes (int8, -8..7) -> uint8 along `axis`, first code in the low nibble, an odd count padded by 0."""
+    """int4 codes (int8, -8..7) -> uint8 along `axis`, the first code in the low nibble, an odd end padded."""
     codes = np.moveaxis(codes, axis, -1)
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)

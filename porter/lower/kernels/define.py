@@ -17,10 +17,10 @@ Spec = tuple[str, tuple[Dim, ...], str]
 def define(name: str, buffers: Sequence[Spec], body: Callable[..., None]) -> tirx.PrimFunc:
     """A PrimFunc whose parameters are `buffers`, in order.
 
-    Each buffer is (name, shape, dtype); a string in a shape is a dimension known only at run time, and the same
-    string is the same dimension. A dtype of "scalar" makes an int64 argument of the name instead of a buffer.
-    `body` is called with the buffers, then with the symbolic dimensions and scalars by keyword, and emits the
-    statements. They stand in one opaque block, as Relax demands of what `call_tir` calls.
+    Each buffer is (name, shape, dtype); a string in a shape is a dimension known only at run time, and the
+    same string is the same dimension. A dtype of "scalar" makes an int64 argument of the name instead of a
+    buffer. `body` is called with the buffers, then with the symbolic dimensions and scalars by keyword, and
+    emits the statements. They stand in one opaque block, as Relax demands of what `call_tir` calls.
     """
     symbols: dict[str, tirx.Var] = {}
     for _, shape, _ in buffers:

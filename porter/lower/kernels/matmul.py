@@ -1,7 +1,8 @@
 """y = x Wᵀ and row gathering for a constant weight W, read packed and decoded in registers.
 
-Packed layout: W [N, K] is cut into blocks of LANES rows; block, k, lane is the order of the bytes, so SIMD lanes are
-output columns, the activation is a broadcast and the weight stream is sequential. N is padded with zero codes.
+Packed layout: W [N, K] is cut into blocks of LANES rows; block, k, lane is the order of the bytes, so SIMD
+lanes are output columns, the activation is a broadcast and the weight stream is sequential. N is padded with
+zero codes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PARALLEL_WORK = 1 << 15  # below this many multiplications starting threads cost
 
 @dataclass(frozen=True)
 class Layout:
-    """How a weight [n, k] is stored: codec, and `group` codes along k sharing one float32 scale (0: no scales)."""
+    """How a weight [n, k] is stored: codec, and `group` codes along k that share a scale (0: no scales)."""
 
     codec_name: str
     n: int

@@ -1,4 +1,4 @@
-"""RMS normalization of rows: y = x / sqrt(mean(x²) + epsilon) * weight (Zhang & Sennrich 2019; ONNX opset 23)."""
+"""RMS normalization of rows: y = x / sqrt(mean(x²) + epsilon) * weight (Zhang & Sennrich 2019)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from porter.lower.kernels.define import T, define, f32, i64, local, loop, store,
 
 
 def rms_norm(width: int, epsilon: float) -> tirx.PrimFunc:
-    """x [m, width], weight [width] -> y [m, width]; squares are summed in up to 16 lanes, then across them."""
+    """x [m, width], weight [width] -> y [m, width]; squares are summed in at most 16 lanes, then across."""
     lanes = next(n for n in (16, 8, 4, 2, 1) if width % n == 0)
 
     def body(x, weight, y, m):

@@ -10,8 +10,8 @@ def rotary(
 ) -> tirx.PrimFunc:
     """x, cos, sin (, positions [b, s] int64) -> y: each pair (x1, x2) becomes (x1 c - x2 s, x2 c + x1 s).
 
-    Pairs are (i, i + rotated/2), or (2i, 2i+1) when `interleaved`; channels from `rotated` on pass through. cos and sin
-    are [cos_batch, s, rotated/2], or with `table` rows of [table, rotated/2] picked by positions;
+    Pairs are (i, i + rotated/2), or (2i, 2i+1) when `interleaved`; channels from `rotated` on pass through.
+    cos and sin are [cos_batch, s, rotated/2], or with `table` rows of [table, rotated/2] picked by positions;
     a position outside of the table stops the program.
     """
     half = rotated // 2

@@ -8,7 +8,7 @@ SHAPE = ("outer", "n", "inner")
 
 
 def running_sum(dtype: str, *, exclusive: bool, reverse: bool) -> tirx.PrimFunc:
-    """y[i] = x[0] + … + x[i], summed in that order; without x[i] if `exclusive`, from the end if `reverse`."""
+    """y[i] = x[0] + … + x[i] in that order; without x[i] if `exclusive`, from the end if `reverse`."""
 
     def body(x, y, outer, n, inner):
         with loop(outer) as o, loop(inner) as lane:
@@ -26,7 +26,7 @@ def running_sum(dtype: str, *, exclusive: bool, reverse: bool) -> tirx.PrimFunc:
 
 
 def top_k(k: int, dtype: str, *, largest: bool) -> tirx.PrimFunc:
-    """The k largest (or smallest) entries in order [outer, k, inner] and where they stood, int64; the first of equals first.
+    """The k largest (or smallest) entries [outer, k, inner] in order, of equals the first, and their places.
 
     By insertion into the k found so far. `n` must be at least k.
     """
@@ -36,7 +36,7 @@ def top_k(k: int, dtype: str, *, largest: bool) -> tirx.PrimFunc:
             return a > b if largest else a < b
 
         def insert(o: Expr, lane: Expr, j: Expr, filled: Expr) -> None:
-            """Move what is worse than x[j] down by one, from the last of `filled` entries on; the k-th drops out."""
+            """Move what is worse than x[j] down by one, from the last on; what was the k-th drops out."""
             with loop(filled) as back:
                 at = filled - i64(1) - back
                 with T.If(better(x[o, j, lane], values[o, at, lane])), T.Then():

@@ -21,10 +21,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
-from porter.errors import ExportError
-from porter.export import export
+from porter.errors import ExportError  # noqa: E402
+from porter.export import export  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent.parent
 STORIES = ROOT / "samples" / "stories260k"

@@ -11,9 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from porter.errors import ExportError
-from porter.export import export
-from porter.export.source import load
+from porter.errors import ExportError  # noqa: E402
+from porter.export import export  # noqa: E402
+from porter.export.source import load  # noqa: E402
 
 OWN = '''
 import torch

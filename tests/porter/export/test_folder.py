@@ -12,10 +12,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
-from porter.errors import ExportError
-from porter.export.source import load, tokenizer_files
+from porter.errors import ExportError  # noqa: E402
+from porter.export.source import load, tokenizer_files  # noqa: E402
 
 CONFIG = {
     "vocab_size": 20,

@@ -1,4 +1,4 @@
-"""Whole decoders, lowered into a folder and run step by step beside ONNX Runtime, with every kind of cache."""
+"""Whole decoders, lowered into a folder and run step by step beside ONNX Runtime, with every cache."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Lowered]:
 
 
 def steps(model: ir.Model) -> list[dict[str, np.ndarray]]:
-    """Three steps of three rows: a prompt and two tokens. Rows of a static cache have lengths of their own."""
+    """Three steps of three rows: a prompt and two tokens.
+
+    Rows of a static cache have lengths of their own.
+    """
     rng = np.random.default_rng(0)
     static = any(v.name == "past_lengths" for v in model.graph.inputs)
     feeds, lengths = [], np.array([0, 3, 11]) if static else np.zeros(3, np.int64)
@@ -70,8 +73,8 @@ def test_steps_beside_onnx_runtime(lowered: dict[str, Lowered], name: str) -> No
         for key in wanted:
             assert got[key].dtype == wanted[key].dtype
             assert got[key].shape == wanted[key].shape
-        # Two layers of sums over at most 44 terms: some hundred roundings of numbers of the size of the logits. A
-        # code may round to its neighbour where the two differ, which none of these does.
+        # Two layers of sums over at most 44 terms: some hundred roundings of numbers of the size of the
+        # logits. A code may round to its neighbour where the two differ, which none of these does.
         close(got["logits"], wanted["logits"], 2.0**-24 * 500)
         for key in wanted:
             if key.startswith("present"):
@@ -112,7 +115,7 @@ def test_nothing_is_expanded(lowered: dict[str, Lowered], name: str) -> None:
 
 @pytest.mark.parametrize(("name", "bits"), [("int8 weights", 8), ("int4 weights", 4), ("fp8 weights", 8)])
 def test_weights_take_what_their_codes_take(lowered: dict[str, Lowered], name: str, bits: int) -> None:
-    """Each quantized matrix is there once, as codes with its rows padded to 16; of floats, the tied table alone."""
+    """Each quantized matrix is there once, as codes, rows padded to 16; of floats the tied table alone."""
     port = lowered[name]
     quantized = {n.inputs[0].name: tuple(n.inputs[0].shape) for n in port.model.graph if _is_weight(n)}
     assert len(quantized) == 8  # four matrices in each of two layers

@@ -10,8 +10,8 @@ EVERYWHERE = np.concatenate([np.linspace(-20, 20, 40001), np.linspace(-1e-3, 1e-
 POSITIVE = np.exp(np.linspace(-80, 80, 40001)).astype(np.float32)
 erf = np.vectorize(math.erf, otypes=[np.float64])
 
-# name: body, inputs, the function in float64, and the bound on the error in units (2^-24) of the result, or of `scale`
-# where a result near zero is a difference of larger things.
+# name: body, inputs, the function in float64, and the bound on the error in units (2^-24) of the result, or
+# of `scale` where a result near zero is a difference of larger things.
 FUNCTIONS = {
     "Exp": ("y = Exp(x)", EVERYWHERE, np.exp, 2, 0.0),
     "Log": ("y = Log(x)", POSITIVE, np.log, 2, 2.0**-20),

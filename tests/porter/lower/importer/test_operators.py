@@ -15,15 +15,14 @@ from lowering import Feeds, compiled, model, reference, with_weights
 from porter.lower.importer.table import TABLES
 
 SIZES = ({"b": 1, "s": 1, "n": 1, "m": 4}, {"b": 3, "s": 5, "n": 7, "m": 2})
-F, I, B = "float", "int64", "bool"
 
 
 @dataclass(frozen=True)
 class Case:
     """A graph, and by how many units (2^-24 of the largest value) its result may differ from ONNX Runtime's.
 
-    0 where the operator is a choice, a copy, or one correctly rounded operation; the rest say why in place. Inputs
-    are small integers where `whole`, so that sums and products are exact in any order.
+    0 where the operator is a choice, a copy, or one correctly rounded operation; the rest say why in place.
+    Inputs are small integers where `whole`, so that sums and products are exact in any order.
     """
 
     body: str
@@ -43,8 +42,8 @@ class Case:
         return f"g ({self.inputs}) => ({outputs}) {weights} {{ {self.body} }}"
 
 
-# The error of a function that both sides approximate: test_accuracy.py holds ours to 4 units, and MLAS documents none
-# of its own above 8; a formula of three such steps adds them up.
+# The error of a function that both sides approximate: test_accuracy.py holds ours to 4 units, and MLAS
+# documents none of its own above 8; a formula of three such steps adds them up.
 APPROXIMATED = 16
 
 XY = "float[b,s,4] x, float[b,s,4] z"
@@ -540,9 +539,10 @@ def test_every_operator_of_the_table_is_covered() -> None:
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_narrow_floats_are_computed_in_float32(kind: str) -> None:
-    """A model in half precision: what ONNX Runtime's CPU lacks is compared with float32 rounded at the end."""
+    """A model in half precision; ONNX Runtime's CPU lacks it, so beside float64 rounded at the end."""
     dtype = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[kind]
-    body = """{ a = MatMul(x, w) n = RMSNormalization(a, g) c = Softmax(n) e = Gather(w, i) t = Transpose<perm=[1,0]>(e)
+    body = """{ a = MatMul(x, w) n = RMSNormalization(a, g) c = Softmax(n)
+                e = Gather(w, i) t = Transpose<perm=[1,0]>(e)
                 d = MatMul(c, t) m = ReduceMean(d, k) y = Sub(d, m) }"""
     rng = np.random.default_rng(0)
     w, g = rng.standard_normal((4, 4)).astype(dtype), rng.standard_normal(4).astype(dtype)

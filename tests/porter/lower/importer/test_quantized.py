@@ -61,7 +61,8 @@ def test_matmul(kind: str, scheme: str, turned: bool) -> None:
     for b, s in ((1, 1), (3, 5)):
         x = rng.standard_normal((b, s, K)).astype(np.float32)
         (got,), (wanted,) = run({"x": x}), theirs({"x": x})
-        # Both round the same products code * scale, and then K products and sums each: 2 K units of the terms' size.
+        # Both round the same products code * scale, and then K products and sums each: 2 K units of the
+        # terms' size.
         weight = np.abs(dense(source, turned))
         assert np.all(np.abs(got - wanted) <= 2 * K * 2.0**-24 * (np.abs(x) @ weight.T))
     assert_stored_as_codes(run, kind)
@@ -110,7 +111,8 @@ def test_a_tied_table_is_stored_once(kind: str) -> None:
 
 
 def test_a_tied_table_of_floats_is_stored_once() -> None:
-    text = "g (int64[b,s] x, float[37,50] w) => (float y) { e = Gather(w, x) t = Transpose<perm=[1,0]>(w) y = MatMul(e, t) }"
+    text = """g (int64[b,s] x, float[37,50] w) => (float y) {
+      e = Gather(w, x) t = Transpose<perm=[1,0]>(w) y = MatMul(e, t) }"""
     weight = np.random.default_rng(0).standard_normal((N, K)).astype(np.float32)
     run = compiled(with_weights(model(text), w=weight))
     assert len(run.imported.parameters) == 1
@@ -196,7 +198,7 @@ def test_quantize_at_run_time(scale: str, attributes: str, shape: tuple[int, ...
 
 
 def test_other_types_are_not_made_at_run_time() -> None:
-    with pytest.raises(TargetError, match="PORT-0416.*uint8"):
+    with pytest.raises(TargetError, match=r"PORT-0416.*uint8"):
         imported(model("g (float[b,4] x, float s) => (uint8 y) { y = QuantizeLinear(x, s) }"))
 
 

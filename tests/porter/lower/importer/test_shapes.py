@@ -1,4 +1,4 @@
-"""Shape arithmetic stays symbolic: chains of Shape, Gather, Concat, Reshape and their kin beside ONNX Runtime."""
+"""Shape arithmetic stays symbolic: chains of Shape, Gather, Concat and Reshape beside ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from porter.errors import PorterError, TargetError
 SIZES = ({"b": 1, "s": 1, "past": 0}, {"b": 3, "s": 5, "past": 7})
 
 
+CONSTANTS = (
+    "int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[1] m1 = {-1}, "
+    "int64[1] v0 = {0}, int64[1] v1 = {1}, int64[1] v2 = {2}, int64[1] v3 = {3}"
+)
+
+
 @dataclass(frozen=True)
 class Chain:
     body: str
     inputs: str = "float[b,s,6] x"
     outputs: str = "float y"
-    weights: str = "int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[1] v0 = {0}, int64[1] v1 = {1}, int64[1] v2 = {2}, int64[1] m1 = {-1}, int64[1] v3 = {3}"
+    weights: str = CONSTANTS
     sizes: tuple[dict[str, int], ...] = SIZES
 
 
@@ -33,7 +39,8 @@ CHAINS = {
         "y = Transpose<perm=[0,2,1,3]>(r)"
     ),
     "heads together": Chain(
-        "h = Shape(x) b = Gather(h, i0) bv = Unsqueeze(b, v0) s = Slice(h, v1, v2, v0) t = Concat<axis=0>(bv, s, m1) "
+        "h = Shape(x) b = Gather(h, i0) bv = Unsqueeze(b, v0) s = Slice(h, v1, v2, v0) "
+        "t = Concat<axis=0>(bv, s, m1) "
         "y = Reshape(x, t)",
         "float[b,s,2,3] x",
     ),
@@ -62,7 +69,8 @@ CHAINS = {
         "h = Shape(x) y = ConstantOfShape<value = bool[1] {1}>(h)", outputs="bool y"
     ),
     "Where and Equal choose a shape": Chain(
-        "h = Shape(x) q = Equal(k, m) o = ConstantOfShape<value = int64[1] {1}>(l) w = Where(q, o, k) y = Expand(x, w)",
+        "h = Shape(x) q = Equal(k, m) o = ConstantOfShape<value = int64[1] {1}>(l) "
+        "w = Where(q, o, k) y = Expand(x, w)",
         weights="int64[3] k = {-1, -1, 6}, int64[3] m = {-1, -1, -1}, int64[1] l = {3}",
     ),
     "positions": Chain(
@@ -160,7 +168,8 @@ CHAINS = {
         sizes=({"b": 1, "s": 2}, {"b": 1, "s": 3}),
     ),
     "Not and And of known answers": Chain(
-        "h = Shape(x) n = Gather(h, i2) g = Greater(n, i2) e = Equal(n, i2) o = Not(e) a = And(g, o) w = Where(a, i1, i0) "
+        "h = Shape(x) n = Gather(h, i2) g = Greater(n, i2) e = Equal(n, i2) o = Not(e) "
+        "a = And(g, o) w = Where(a, i1, i0) "
         "y = Gather<axis=2>(x, w)"
     ),
     "a shape in int32": Chain(
@@ -274,7 +283,7 @@ def test_refused(code: str, body: str, inputs: str, weights: str) -> None:
 def test_the_node_is_named() -> None:
     source = model("g (float[b,4] x) => (float[b,4] y) { y = Celu(x) }")
     source.graph[0].name = "/layers.3/act:fn é"
-    with pytest.raises(TargetError, match="PORT-0410.*Celu.*layers.3/act:fn é"):
+    with pytest.raises(TargetError, match=r"PORT-0410.*Celu.*layers.3/act:fn é"):
         imported(source)
 
 
@@ -293,7 +302,7 @@ def test_an_old_opset_is_refused() -> None:
 )
 def test_sizes_that_do_differ_stop_the_program(inputs: str, body: str, feeds: dict[str, tuple]) -> None:
     run = compiled(model(f"g ({inputs}) => (float y) {{ {body} }}"))
-    with pytest.raises(Exception, match="(?i)match|expected|shape"):
+    with pytest.raises(Exception, match=r"(?i)match|expected|shape"):
         run({name: np.zeros(shape, np.float32) for name, shape in feeds.items()})
 
 
@@ -312,7 +321,8 @@ def test_large_integer_constants_stay_exact() -> None:
     big = 2**62 + 1
     body = "h = Shape(x) n = Gather(h, i) a = Mul(n, k) y = Div(a, d)"
     source = model(
-        f"g (float[3,b] x) => (int64 y) <int64 i = {{0}}, int64 k = {{{big // 3}}}, int64 d = {{1}}> {{ {body} }}"
+        f"g (float[3,b] x) => (int64 y) <int64 i = {{0}}, int64 k = {{{big // 3}}}, int64 d = {{1}}> "
+        f"{{ {body} }}"
     )
     assert compiled(source)({"x": np.zeros((3, 2), np.float32)})[0] == big // 3 * 3
 

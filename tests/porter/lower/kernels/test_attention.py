@@ -1,4 +1,4 @@
-"""The attention kernel against float64: caches of three kinds, who sees whom, masks, head sizes, extreme scores."""
+"""The attention kernel against float64: caches, who sees whom, masks, head sizes, extreme scores."""
 
 from dataclasses import replace
 
@@ -106,10 +106,10 @@ def expected(
     weight = np.exp(score - np.where(np.isfinite(top), top, 0))
     total = weight.sum(-1, keepdims=True)
     share = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
-    # A score is a sum of `width` products (and a scale, a mask, a maximum taken off): (width + 4) roundings of its
-    # terms' size; tanh adds 4 units of the cap. A weight's relative error is that, once above and once below the
-    # fraction, and 2 units for exp. The sums over keys and their rescalings add 2 roundings for each key, of
-    # a result no larger than the largest value.
+    # A score is a sum of `width` products (and a scale, a mask, a maximum taken off): (width + 4) roundings
+    # of its terms' size; tanh adds 4 units of the cap. A weight's relative error is that, once above and once
+    # below the fraction, and 2 units for exp. The sums over keys and their rescalings add 2 roundings for
+    # each key, of a result no larger than the largest value.
     off = (
         (s.key.width + 4)
         * UNIT
@@ -164,7 +164,7 @@ def test_a_query_that_sees_no_key_gives_zeros(kernels: dict) -> None:
 
 @pytest.mark.parametrize("lowest", [-np.inf, LOWEST])
 def test_a_fully_masked_row(kernels: dict, lowest: float) -> None:
-    """-inf leaves nothing: zeros. The lowest float32, as exporters write it, leaves all scores equal: the mean."""
+    """-inf leaves nothing: zeros. The lowest float32, which exporters write, leaves equals: the mean."""
     rng = np.random.default_rng(3)
     q = rng.standard_normal((BATCH, 4, STEPS, 8)).astype(np.float32)
     k, v = rng.standard_normal((2, BATCH, 2, LENGTH, 8)).astype(np.float32)

@@ -24,7 +24,8 @@ def test_append(kernels: dict, dtype: str, circular: bool, steps: int) -> None:
     starts = np.array([0, 6, CAPACITY, -2, 2**40, -(2**40)])
     rng = np.random.default_rng(0)
     new = rng.integers(1, 100, (len(starts), HEADS, steps, WIDTH)).astype(dtype)
-    # The cache is the middle of a longer buffer, whose ends must stay as they are: what is written beyond shows.
+    # The cache is the middle of a longer buffer, whose ends must stay as they are: what is written beyond
+    # shows.
     buffer = aligned(2 * GUARD + len(starts) * HEADS * CAPACITY * WIDTH * np.dtype(dtype).itemsize)
     cache = buffer[GUARD:-GUARD].view(dtype).reshape(len(starts), HEADS, CAPACITY, WIDTH)
     cache[:] = rng.integers(1, 100, cache.shape)

@@ -53,8 +53,8 @@ def test_matmul_is_within_the_rounding_of_its_sums(kernels: dict, layout: Layout
     for m in (1, 3, 4, 9):
         x = rng.standard_normal((m, layout.k)).astype(np.float32)
         got = kernels[layout][0](x, *buffers, shape=(m, layout.n))
-        # A term is rounded once for its scale, once as a product and at most k times as part of the sum (Higham 2002,
-        # section 3.1); decoding is exact.
+        # A term is rounded once for its scale, once as a product and at most k times as part of the sum
+        # (Higham 2002, section 3.1); decoding is exact.
         bound = (layout.k + 2) * UNIT * (np.abs(x).astype(np.float64) @ np.abs(exact).T)
         assert np.all(np.abs(got - x.astype(np.float64) @ exact.T) <= bound)
 

@@ -24,8 +24,8 @@ def test_rms_norm(kernels: dict, width: int, epsilon: float, size: float) -> Non
     got = kernels[width, epsilon](x, weight, shape=x.shape)
     exact = x.astype(np.float64)
     wanted = exact / np.sqrt((exact**2).mean(1, keepdims=True) + np.float32(epsilon)) * weight
-    # width/16 + 16 additions of positive squares, halved by the root; then a mean, a root and three products. A
-    # square below 1e-38 loses bits, 2^-149 for each, and epsilon is 2^-40 at the least: nothing.
+    # width/16 + 16 additions of positive squares, halved by the root; then a mean, a root and three products.
+    # A square below 1e-38 loses bits, 2^-149 for each, and epsilon is 2^-40 at the least: nothing.
     bound = ((width // 16 + 20) / 2 + 5) * UNIT * np.abs(wanted)
     assert np.all(np.abs(got - wanted) <= bound)
     assert not got[3].any()
