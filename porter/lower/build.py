@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from porter.errors import EnvironmentFailure, TargetError
 from porter.lower import sources
@@ -80,6 +80,7 @@ def compiled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Exe
         relax.transform.LowerRuntimeBuiltin(),
         relax.transform.ComputePrimValue(),
         relax.transform.VMShapeLower(),
+        _SizesInOrder(),
         relax.transform.AttachGlobalSymbol(),
     ]
     pipeline = tvm.transform.Sequential(passes)
@@ -89,6 +90,26 @@ def compiled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Exe
     except Exception as error:  # TVM raises many kinds: this is where they become ours
         what = f"TVM cannot compile the program: {str(error).strip().splitlines()[-1]}"
         raise TargetError("PORT-0418", what) from error
+
+
+@tvm.transform.module_pass(opt_level=0, name="SizesInOrder")
+class _SizesInOrder:
+    """The functions that compute sizes store them in order of place.
+
+    VMShapeLower takes them from a hash table of addresses, so that now and then a process wrote another library.
+    """
+
+    def transform_module(self, module: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        """Stores only read what the caller stored, so they may stand in any order."""
+        for name, function in module.functions.items():
+            body = getattr(function, "body", None)
+            stores = list(body.seq) if isinstance(body, tirx.SeqStmt) else []
+            if name.name_hint.startswith("shape_func") and all(
+                isinstance(s, tirx.BufferStore) for s in stores
+            ):
+                stores.sort(key=lambda s: int(s.indices[0]))
+                module.update_func(name, function.with_body(tirx.SeqStmt(stores)))
+        return module
 
 
 def write_library(executable: tvm.runtime.Executable, path: Path) -> None:
