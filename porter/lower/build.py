@@ -96,18 +96,14 @@ def compiled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Exe
 class _SizesInOrder:
     """The functions that compute sizes store them in order of place.
 
-    VMShapeLower takes them from a hash table of addresses, so that now and then a process wrote another library.
+    VMShapeLower takes them from a hash table of addresses, and now and then a process wrote another library.
     """
 
     def transform_module(self, module: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         """Stores only read what the caller stored, so they may stand in any order."""
         for name, function in module.functions.items():
-            body = getattr(function, "body", None)
-            stores = list(body.seq) if isinstance(body, tirx.SeqStmt) else []
-            if name.name_hint.startswith("shape_func") and all(
-                isinstance(s, tirx.BufferStore) for s in stores
-            ):
-                stores.sort(key=lambda s: int(s.indices[0]))
+            if name.name_hint.startswith("shape_func") and isinstance(function.body, tirx.SeqStmt):
+                stores = sorted(function.body.seq, key=lambda store: int(store.indices[0]))
                 module.update_func(name, function.with_body(tirx.SeqStmt(stores)))
         return module
 
