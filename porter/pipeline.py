@@ -63,6 +63,7 @@ class Foreign(Pass):
 
     promise: ClassVar[Promise] = Promise.LOSSY  # nothing is known of it
     inner: Callable[[ir.Model], ir.passes.PassResult] = None  # type: ignore[assignment]
+    label: str = ""  # the name that found it
 
     def run(self, model: ir.Model, context: Context) -> int:
         """Run it; 1 when it says that it changed the model, which it must do in place."""
@@ -74,7 +75,7 @@ class Foreign(Pass):
         return int(result.modified)
 
     def __str__(self) -> str:
-        return f"{type(self.inner).__module__}:{type(self.inner).__name__}"
+        return self.label or f"{type(self.inner).__module__}:{type(self.inner).__name__}"
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _build(cls: type[Pass] | Pass, options: str, item: str) -> Pass:
 
 def _value(field: dataclasses.Field, raw: str | None, item: str) -> object:
     """Read one option by the type of its field's annotation: bool, int, float, str or a tuple of str."""
-    kind = str(field.type)
+    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
     try:
         if kind == "bool":
             return {None: True, "true": True, "false": False}[raw]

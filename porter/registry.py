@@ -105,5 +105,5 @@ def _as_pass(thing: object, name: str) -> type[Pass] | Pass:
     if inspect.isclass(thing):
         thing = thing()
     if callable(thing):
-        return Foreign(thing)
+        return Foreign(thing, name)
     raise PassError("PORT-0208", "the entry point is neither a pass nor a function", where=name)

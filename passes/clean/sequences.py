@@ -13,9 +13,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from porter import graph as graphs_
 from porter.context import Context
-from porter.match import attribute, constant, given, graphs
+from porter.match import add_initializer, attribute, constant, fresh_name, given, graphs
 from porter.pipeline import Pass, Promise
 
 
@@ -29,20 +28,15 @@ class UnpackSequences(Pass):
     def run(self, model: ir.Model, context: Context) -> int:
         """The number of sequences unpacked."""
         return sum(
-            _unpack(model, node)
-            for graph in graphs(model)
-            for node in graph
-            if node.op_type == "SplitToSequence"
+            _unpack(node) for graph in graphs(model) for node in graph if node.op_type == "SplitToSequence"
         )
 
 
-def _unpack(model: ir.Model, node: ir.Node) -> bool:
+def _unpack(node: ir.Node) -> bool:
     sizes, picks = _sizes(node), _picks(node)
     if sizes is None or picks is None or not all(-len(sizes) <= p < len(sizes) for p in picks.values()):
         return False
-    lengths = graphs_.initializer(
-        model, graphs_.unique_name(model, f"{node.outputs[0].name}_sizes"), np.array(sizes)
-    )
+    lengths = add_initializer(node.graph, f"{node.outputs[0].name}_sizes", np.array(sizes))
     axis = ir.AttrInt64("axis", int(attribute(node, "axis", 0)))
     split = ir.Node("", "Split", [node.inputs[0], lengths], [axis], num_outputs=len(sizes), name=node.name)
     split.metadata_props.update(node.metadata_props)
@@ -53,7 +47,7 @@ def _unpack(model: ir.Model, node: ir.Node) -> bool:
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     node.graph.remove([*picks, node], safe=True)
     for i, output in enumerate(split.outputs):
-        output.name = output.name or graphs_.unique_name(model, f"{node.name}_part_{i}")
+        output.name = output.name or fresh_name(split.graph, f"{split.name}_part_{i}")
     return True
 
 

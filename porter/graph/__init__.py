@@ -1,4 +1,4 @@
-"""ONNX in and out: load, save, verify, digest; and the few edits that passes share."""
+"""ONNX in and out: load, save, verify, digest."""
 
 from __future__ import annotations
 
@@ -30,12 +30,9 @@ __all__ = [
     "all_nodes",
     "check_finite",
     "digest",
-    "initializer",
     "load",
-    "replace_all_uses",
     "save",
     "sort",
-    "unique_name",
     "verify",
     "weight_bytes",
 ]
@@ -135,66 +132,3 @@ def _chunks(tensor: ir.TensorProtocol) -> Iterator[tuple[int, np.ndarray]]:
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers as stored, a shared tensor counted once."""
     return sum(t.nbytes for t in weights(model) if t.dtype != ir.DataType.STRING)
-
-
-def unique_name(model: ir.Model, base: str) -> str:
-    """`base`, or `base_1`, `base_2`, … when a value of the main graph or its subgraphs has that name."""
-    return _unused(base, model.graph)
-
-
-def _unused(base: str, graph: ir.Graph) -> str:
-    graphs = [graph, *graph.subgraphs()]
-    taken = {v.name for g in graphs for v in [*g.inputs, *g.initializers.values()]}
-    taken |= {v.name for g in graphs for n in g for v in n.outputs}
-    name, count = base, 0
-    while name in taken:
-        count += 1
-        name = f"{base}_{count}"
-    return name
-
-
-def initializer(model: ir.Model, name: str, value: np.ndarray | ir.TensorProtocol) -> ir.Value:
-    """Add a weight to the main graph and return it; the name is made unique."""
-    tensor = ir.tensor(value) if isinstance(value, np.ndarray) else value
-    name = unique_name(model, name)
-    made = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
-    )
-    model.graph.initializers.add(made)
-    return made
-
-
-def replace_all_uses(old: ir.Value, new: ir.Value) -> int:
-    """Let every user of `old` use `new`, and return how many did.
-
-    If `old` is a graph output, `new` takes its place and its name, through an Identity when `new` has a name
-    that the outside knows too (an input, an initializer or another output).
-    """
-    edits = len(old.uses()) + old.is_graph_output()
-    output = old.is_graph_output()
-    if not output:
-        old.replace_all_uses_with(new)
-        return edits
-    graph, name = old.graph, old.name
-    assert graph is not None
-    ends = [i for i, v in enumerate(graph.outputs) if v is old]
-    stand_in = _named_apart(new, graph)
-    stand_in.shape, stand_in.type = stand_in.shape or old.shape, stand_in.type or old.type
-    for i in ends:
-        graph.outputs[i] = stand_in
-    old.replace_all_uses_with(new)
-    old.name = _unused(f"{name}_replaced", graph)
-    stand_in.name = name
-    return edits
-
-
-def _named_apart(value: ir.Value, graph: ir.Graph) -> ir.Value:
-    """`value` if it may be renamed, else a copy of it made at the graph's end."""
-    if (
-        not (value.is_graph_input() or value.is_initializer() or value.is_graph_output())
-        and value.graph is graph
-    ):
-        return value
-    copy = ir.Node("", "Identity", [value])
-    graph.append(copy)
-    return copy.outputs[0]

@@ -27,6 +27,7 @@ from porter import graph
 from porter.errors import ModelError, PorterError
 from porter.graph import untrusted
 from porter.graph.mapped import MappedTensor
+from porter.match import add_initializer
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -437,7 +438,7 @@ def test_sparse_tensors_are_refused(tmp_path):
 )
 def test_weights_that_are_not_finite_are_found(values, dtype, finite):
     model = to_ir(proto())
-    graph.initializer(model, "culprit", np.array(values, dtype))
+    add_initializer(model.graph, "culprit", np.array(values, dtype))
     if finite:
         graph.check_finite(model)
         return
@@ -450,7 +451,7 @@ def test_the_first_bad_weight_is_counted_across_chunks(tmp_path):
     array = np.ones(5_000_000, np.float32)  # more than one chunk of 16 MiB
     array[4_500_000] = np.nan
     model = to_ir(proto())
-    graph.initializer(model, "w2", array)
+    add_initializer(model.graph, "w2", array)
     graph.save(model, tmp_path / "m.onnx")
     with pytest.raises(ModelError, match="first at 4500000"):
         graph.check_finite(graph.load(tmp_path / "m.onnx"))
@@ -710,10 +711,10 @@ def big(count: int = 3, size: int = 500) -> ir.Model:
     last = next(iter(model.graph))
     for i in range(count):
         array = random.standard_normal((size, size)).astype(np.float32)
-        node = ir.Node("", "MatMul", [value, graph.initializer(model, f"w{count - i}", array)])
+        node = ir.Node("", "MatMul", [value, add_initializer(model.graph, f"w{count - i}", array)])
         model.graph.insert_before(last, node)
         value = node.outputs[0]
-    bias = ir.Node("", "Add", [value, graph.initializer(model, "bias", np.ones(5, np.float32)[:1])])
+    bias = ir.Node("", "Add", [value, add_initializer(model.graph, "bias", np.ones(5, np.float32)[:1])])
     model.graph.insert_before(last, bias)
     last.replace_input_with(0, bias.outputs[0])
     graph.verify(model)
@@ -775,7 +776,7 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
 
 def test_a_shared_tensor_is_stored_once(tmp_path):
     model = big(count=1, size=40)
-    graph.initializer(model, "again", model.graph.initializers["w1"].const_value)
+    add_initializer(model.graph, "again", model.graph.initializers["w1"].const_value)
     graph.save(model, tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx.data").stat().st_size == 6400 == graph.weight_bytes(model) - 4
     same(values(graph.load(tmp_path / "m.onnx")), values(model))
@@ -911,7 +912,7 @@ def test_saving_streams(tmp_path):
     """
     model = big(count=1, size=30)
     for i, size in enumerate([30_000_000, *[2_500_000] * 8]):
-        graph.initializer(model, f"large{i}", np.zeros(size, np.float32))
+        add_initializer(model.graph, f"large{i}", np.zeros(size, np.float32))
     graph.save(model, tmp_path / "a.onnx")
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, tmp_path / "a.onnx", tmp_path / "b.onnx"],
@@ -937,32 +938,3 @@ def test_the_digest_can_be_computed_by_hand(tmp_path):
     with open(tmp_path / "m.onnx.data", "r+b") as file:
         file.write(b"\1")
     assert graph.digest(path) != hashlib.sha256(f"{own}\n{data}  m.onnx.data\n".encode()).hexdigest()
-
-
-def test_names_are_made_unique():
-    model = to_ir(onnx.parser.parse_model(f"{HEAD} {{ a = Relu(x) y = Abs(a) }}"))
-    assert graph.unique_name(model, "b") == "b"
-    assert graph.unique_name(model, "a") == "a_1"
-    assert graph.initializer(model, "x", np.zeros(1, np.float32)).name == "x_1"
-    assert graph.initializer(model, "x", np.zeros(1, np.float32)).name == "x_2"
-
-
-def test_uses_are_replaced_and_counted():
-    model = to_ir(onnx.parser.parse_model(f"{HEAD} {{ a = Relu(x) b = Abs(x) y = Add(a, a) }}"))
-    relu, absolute, add = list(model.graph)
-    assert graph.replace_all_uses(relu.outputs[0], absolute.outputs[0]) == 2
-    assert graph.replace_all_uses(relu.outputs[0], absolute.outputs[0]) == 0
-    assert [v.name for v in add.inputs] == ["b", "b"]
-
-
-@pytest.mark.parametrize("by", ["node", "input"])
-def test_a_replaced_output_keeps_its_name(by):
-    model = to_ir(onnx.parser.parse_model(f"{HEAD} {{ a = Relu(x) y = Abs(a) }}"))
-    relu, last = list(model.graph)
-    new = relu.outputs[0] if by == "node" else model.graph.inputs[0]
-    assert graph.replace_all_uses(last.outputs[0], new) == 1
-    model.graph.remove(last, safe=True)
-    graph.verify(model)
-    assert [v.name for v in model.graph.outputs] == ["y"]
-    assert [v.name for v in model.graph.inputs] == ["x"]
-    assert model.graph.outputs[0].producer().op_type == ("Relu" if by == "node" else "Identity")

@@ -25,6 +25,16 @@ def model(text: str, opset: int = 24) -> ir.Model:
     return ir.from_proto(onnx.parser.parse_model(text))
 
 
+def with_weights(source: ir.Model, **arrays: np.ndarray) -> ir.Model:
+    """The model with some of its inputs made constants."""
+    graph = source.graph
+    for value in [v for v in graph.inputs if v.name in arrays]:
+        graph.inputs.remove(value)
+        value.const_value = ir.tensor(arrays[value.name], name=value.name)
+        graph.initializers.add(value)
+    return source
+
+
 def imported(source: ir.Model, bounds: dict[str, int] | None = None) -> Imported:
     """What the importer makes of a model."""
     return Importer(source, BOUNDS if bounds is None else bounds).run()

@@ -10,6 +10,7 @@ from tvm import relax
 
 from porter.errors import TargetError
 from porter.lower.importer.attributes import attribute
+from porter.lower.importer.precision import cast
 from porter.lower.importer.program import DTYPES, INDEX_TYPES, SMALL, Importer
 from porter.lower.importer.values import Ints, Value, Weight
 
@@ -37,9 +38,9 @@ def _cast_to(imp: Importer, x: Value, to: ir.DataType) -> Value:
     tensor, dtype = imp.tensor(x), DTYPES[to]
     if str(tensor.ty.dtype) == dtype:
         return tensor
-    if dtype == "bool":  # anything but 0 is true
-        return imp.emit(op.not_equal(tensor, relax.const(0, str(tensor.ty.dtype))))
-    return imp.emit(op.astype(tensor, dtype))
+    if dtype == "bool":  # anything but 0 is true, NaN too
+        return imp.emit(op.logical_not(op.equal(tensor, relax.const(0, str(tensor.ty.dtype)))))
+    return cast(imp, tensor, dtype)
 
 
 def _cast_ints(x: Ints, to: ir.DataType) -> Ints | None:

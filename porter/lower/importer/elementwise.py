@@ -13,8 +13,8 @@ from tvm.ir import Expr
 from porter.lower.importer.attributes import attribute
 from porter.lower.importer.broadcast import broadcast_dims, broadcastable
 from porter.lower.importer.precision import cast, in_float32
-from porter.lower.importer.program import Importer
-from porter.lower.importer.values import Ints, Value
+from porter.lower.importer.program import SMALL, Importer
+from porter.lower.importer.values import Ints, Value, Weight
 
 op = relax.op
 
@@ -29,11 +29,18 @@ def as_ints(imp: Importer, value: Value | None) -> Ints | None:
     return Ints.of(entries if len(value.shape) else entries[0], imp.dtype(value))
 
 
-def _ints_pair(imp: Importer, a: Value, b: Value) -> tuple[Ints, Ints] | None:
-    """Both as Ints when at least one of them is and the other is known too."""
-    if not (isinstance(a, Ints) or isinstance(b, Ints)):
+def few_ints(imp: Importer, value: Value) -> Ints | None:
+    """Sizes, and integer constants short enough to be some."""
+    if isinstance(value, Weight) and np.prod(value.shape) > SMALL:
         return None
-    return None if (x := as_ints(imp, a)) is None or (y := as_ints(imp, b)) is None else (x, y)
+    return as_ints(imp, value)
+
+
+def _ints_pair(imp: Importer, a: Value, b: Value) -> tuple[Ints, Ints] | None:
+    """Both as Ints: sizes, or a size and a constant, or two short constants."""
+    sized = isinstance(a, Ints) or isinstance(b, Ints)
+    x, y = ((as_ints if sized else few_ints)(imp, v) for v in (a, b))
+    return None if x is None or y is None else (x, y)
 
 
 def _on_ints(function: Callable[..., Any], *values: Ints, dtype: str | None = None) -> Ints | None:
@@ -79,6 +86,11 @@ def _comparison(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 def _equal(a: Any, b: Any) -> Any:
     """An Expr's own == compares structure, not value."""
     return tirx.EQ(tirx.convert(a), tirx.convert(b)) if isinstance(a, Expr) or isinstance(b, Expr) else a == b
+
+
+def _equal_tensors(x: relax.Expr, y: relax.Expr) -> relax.Expr:
+    """LLVM has no comparison of bools."""
+    return op.logical_not(op.logical_xor(x, y)) if str(x.ty.dtype) == "bool" else op.equal(x, y)
 
 
 def _quotient(imp: Importer, a: Any, b: Any) -> Any:
@@ -263,7 +275,7 @@ TABLE: dict[str, Callable[..., Value]] = {
     "Max": _many(_binary(op.maximum, _arithmetic(_larger))),
     "Sum": _many(_add),
     "Pow": _pow,
-    "Equal": _binary(op.equal, _comparison(_equal), answers=True),
+    "Equal": _binary(_equal_tensors, _comparison(_equal), answers=True),
     "Less": _binary(op.less, _comparison(lambda a, b: a < b), answers=True),
     "LessOrEqual": _binary(op.less_equal, _comparison(lambda a, b: a <= b), answers=True),
     "Greater": _binary(op.greater, _comparison(lambda a, b: a > b), answers=True),

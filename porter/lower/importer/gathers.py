@@ -38,12 +38,10 @@ def _checked(imp: Importer, indices: Value, sizes: list[Any]) -> relax.Expr:
     """
     array = np.array(known) if (known := _numbers(imp, indices)) is not None else None
     if array is not None and all(isinstance(s, int) for s in sizes):
-        array = array.reshape(imp.shape(indices))
-        if np.any(array < -np.array(sizes)) or np.any(array >= np.array(sizes)):
+        array, limits = array.reshape(imp.shape(indices)), np.array(sizes if len(sizes) > 1 else sizes[0])
+        if np.any(array < -limits) or np.any(array >= limits):
             raise IndexError(f"an index lies outside of {sizes}")
-        return imp.tensor(
-            Weight.of(np.where(array < 0, array + np.array(sizes), array), f"{imp.current}_indices")
-        )
+        return imp.tensor(Weight.of(np.where(array < 0, array + limits, array), f"{imp.current}_indices"))
     tensor = imp.tensor(indices)
     dims, dtype, count = imp.shape(tensor), str(tensor.ty.dtype), len(sizes)
     rows = imp.product(dims if count == 1 else dims[:-1])

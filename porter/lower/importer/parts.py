@@ -192,7 +192,16 @@ def _tile(imp: Importer, node: ir.Node, x: Value, repeats: Value) -> Value:
     counts = known(imp, repeats, "the repeats of a Tile")
     if all(_is(c, 1) for c in counts):
         return x
-    return imp.emit(op.tile(imp.tensor(x), [imp.dim(c) for c in counts]))
+    tensor = imp.tensor(x)
+    sizes = [imp.dim(d) for d in imp.shape(tensor)]
+    dims = [imp.dim(imp.simplify(d * c)) for d, c in zip(sizes, counts, strict=True)]
+
+    def compute(t: te.Tensor) -> te.Tensor:
+        return te.compute(
+            dims, lambda *index: t(*(tirx.floormod(i, d) for i, d in zip(index, sizes, strict=True)))
+        )
+
+    return imp.te(compute, tensor, name="tiled")
 
 
 def _trilu(imp: Importer, node: ir.Node, x: Value, k: Value | None = None) -> Value:

@@ -17,8 +17,14 @@ NARROW = ("float16", "bfloat16")
 
 
 def cast(imp: Importer, tensor: relax.Expr, dtype: str) -> relax.Expr:
-    """The tensor in another element type; itself where it has it."""
-    return tensor if str(tensor.ty.dtype) == dtype else imp.emit(relax.op.astype(tensor, dtype))
+    """The tensor in another element type; itself where it has it.
+
+    TVM computes bfloat16 in float32 and drops the rounding between two operations that it fuses; a cast to it is a
+    kernel of its own, so that at least what the model asks for is rounded.
+    """
+    if str(tensor.ty.dtype) == dtype:
+        return tensor
+    return imp.copied(tensor, dtype) if dtype == "bfloat16" else imp.emit(relax.op.astype(tensor, dtype))
 
 
 def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -186,11 +186,12 @@ class Importer:
         returned = node.outputs[0].is_graph_output() and not value.is_graph_output()
         return value in self.given and len(readers) == 1 and returned
 
-    def copied(self, tensor: relax.Expr) -> relax.Var:
-        """A buffer of its own."""
-        dims, dtype = self.shape(tensor), str(tensor.ty.dtype)
-        kernel = self.kernel(("copied", len(dims), dtype), lambda: copied(len(dims), dtype))
-        return self.call(kernel, [tensor], dims, dtype)
+    def copied(self, tensor: relax.Expr, dtype: str = "") -> relax.Var:
+        """A buffer of its own, which may have another element type."""
+        dims, source = self.shape(tensor), str(tensor.ty.dtype)
+        to = dtype or source
+        kernel = self.kernel(("copied", len(dims), source, to), lambda: copied(len(dims), source, to))
+        return self.call(kernel, [tensor], dims, to)
 
     def shape(self, value: Value) -> list[Any]:
         """Dimensions, as ints and expressions."""

@@ -15,7 +15,7 @@ from porter.errors import TargetError
 from porter.lower.importer.attributes import attribute, axis_of
 from porter.lower.importer.precision import cast, in_float32
 from porter.lower.importer.program import Importer
-from porter.lower.importer.values import Quantized, Value, Weight
+from porter.lower.importer.values import Quantized, Value, Weight, read
 from porter.lower.kernels.codecs import CODECS
 from porter.lower.kernels.matmul import Layout
 
@@ -80,7 +80,7 @@ def matrix_layout(value: Quantized) -> Layout | None:
 
 def matrix_codes(value: Quantized) -> np.ndarray:
     """The codes [n, k] as int8, or raw bytes of an 8-bit float."""
-    array = value.codes.value.const_value.numpy()
+    array = read(value.codes.value)
     array = array.view(np.uint8) if value.codec.startswith("fp8") else array.astype(np.int8)
     return array.T if value.transposed else array
 
@@ -89,7 +89,7 @@ def matrix_scales(value: Quantized) -> np.ndarray:
     """The scales [n, groups]."""
     shape = value.codes.shape
     n = shape[1] if value.transposed else shape[0]
-    array = value.scales.value.const_value.numpy().astype(np.float32)
+    array = read(value.scales.value).astype(np.float32)
     if array.ndim == 2:
         return array.T if value.transposed else array
     return np.broadcast_to(array.reshape(-1, 1), (n, 1))

@@ -15,6 +15,7 @@ from porter.lower.importer.precision import in_float32
 from porter.lower.importer.program import Importer
 from porter.lower.importer.shapes import axes_of, known
 from porter.lower.importer.values import Ints, Value
+from porter.lower.kernels import scan
 
 op = relax.op
 
@@ -48,25 +49,41 @@ def _sum_of_squares(tensor: relax.Expr, axes: list[int] | None, keep: bool) -> r
     return op.sum(op.multiply(tensor, tensor), axes, keep)
 
 
+def _in_three(imp: Importer, tensor: relax.Expr, axis: int) -> tuple[relax.Expr, list[Any]]:
+    """The tensor as [outer, n, inner] around an axis, and these sizes."""
+    dims = imp.shape(tensor)
+    sizes = [imp.product(dims[:axis]), dims[axis], imp.product(dims[axis + 1 :])]
+    return imp.emit(op.reshape(tensor, [imp.dim(d) for d in sizes])), sizes
+
+
 def _cumsum(imp: Importer, node: ir.Node, x: Value, axis: Value) -> Value:
     tensor = imp.tensor(x)
-    where = known(imp, axis, "the axis of a CumSum")[0] % len(imp.shape(tensor))
-    backwards = bool(attribute(node, "reverse", 0))
-    tensor = imp.emit(op.flip(tensor, where)) if backwards else tensor
-    exclusive = bool(attribute(node, "exclusive", 0))
-    total = imp.emit(op.cumsum(tensor, axis=where, dtype=str(tensor.ty.dtype), exclusive=exclusive))
-    return imp.emit(op.flip(total, where)) if backwards else total
+    dims, dtype = imp.shape(tensor), str(tensor.ty.dtype)
+    three, sizes = _in_three(imp, tensor, known(imp, axis, "the axis of a CumSum")[0] % len(dims))
+    exclusive, reverse = (bool(attribute(node, name, 0)) for name in ("exclusive", "reverse"))
+    kernel = imp.kernel(
+        ("running_sum", dtype, exclusive, reverse),
+        lambda: scan.running_sum(dtype, exclusive=exclusive, reverse=reverse),
+    )
+    return imp.emit(op.reshape(imp.call(kernel, [three], sizes, dtype), [imp.dim(d) for d in dims]))
 
 
 def _top_k(imp: Importer, node: ir.Node, x: Value, k: Value) -> tuple[Value, Value]:
-    """Of equals the first comes first, as ONNX has it."""
     tensor = imp.tensor(x)
-    count = known(imp, k, "the number of a TopK")[0]
-    axis = axis_of(node, len(imp.shape(tensor)), -1)
-    if not isinstance(count, int):
-        raise TargetError("PORT-0415", "a TopK of a symbolic number has no lowering", where=imp.current)
-    both = imp.emit(op.topk(tensor, count, axis, "both", bool(attribute(node, "largest", 1)), "int64"))
-    return imp.emit(relax.TupleGetItem(both, 0)), imp.emit(relax.TupleGetItem(both, 1))
+    dims, dtype, count = imp.shape(tensor), str(tensor.ty.dtype), known(imp, k, "the number of a TopK")[0]
+    axis = axis_of(node, len(dims), -1)
+    if not isinstance(count, int) or not isinstance(dims[axis], int) or not 0 < count <= dims[axis]:
+        what = f"a TopK of {count} among {dims[axis]} has no lowering: both must be fixed"
+        raise TargetError("PORT-0415", what, where=imp.current)
+    three, (outer, _, inner) = _in_three(imp, tensor, axis)
+    largest = bool(attribute(node, "largest", 1))
+    kernel = imp.kernel(("top_k", count, dtype, largest), lambda: scan.top_k(count, dtype, largest=largest))
+    shape = [outer, count, inner]
+    types = [relax.TensorType([imp.dim(d) for d in shape], t) for t in (dtype, "int64")]
+    both = imp.emit(relax.call_tir(kernel, [three], types))
+    found = [imp.dim(count if i == axis else d) for i, d in enumerate(dims)]
+    values, places = (imp.emit(op.reshape(imp.emit(relax.TupleGetItem(both, i)), found)) for i in (0, 1))
+    return values, places
 
 
 TABLE: dict[str, Callable[..., Value]] = {

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from tvm import relax, tirx
+from tvm import relax, te, tirx
 
 from porter.errors import TargetError
 from porter.lower.importer.attributes import attribute, axis_of
 from porter.lower.importer.broadcast import agreed, broadcast_dims
-from porter.lower.importer.elementwise import as_ints
+from porter.lower.importer.elementwise import few_ints
 from porter.lower.importer.program import SMALL, Importer
 from porter.lower.importer.values import Ints, Value, Weight
 from porter.lower.kernels.integers import counting
@@ -26,13 +26,6 @@ def known(imp: Importer, value: Value | None, what: str) -> list[Any]:
     if entries is None:
         raise TargetError("PORT-0414", f"{what} depends on data, not on shapes alone", where=imp.current)
     return entries
-
-
-def few_ints(imp: Importer, value: Value) -> Ints | None:
-    """Sizes, and integer constants short enough to be some."""
-    if isinstance(value, Weight) and np.prod(value.shape) > SMALL:
-        return None
-    return as_ints(imp, value)
 
 
 def _shape(imp: Importer, node: ir.Node, x: Value) -> Value:
@@ -63,7 +56,17 @@ def _reshaped(imp: Importer, tensor: relax.Expr, target: list[Any]) -> relax.Exp
     if isinstance(own, int) and isinstance(wanted, int) and own != wanted:
         what = f"{own} elements cannot take the shape {[*map(str, target)]}"
         raise TargetError("PORT-0411", what, where=imp.current)
+    if any(isinstance(d, int) and d == 0 for d in target):  # to Relax a 0 means the size that was there
+        return _nothing(imp, tensor, target)
     return imp.emit(op.reshape(tensor, [imp.dim(d) for d in target]))
+
+
+def _nothing(imp: Importer, tensor: relax.Expr, target: list[Any]) -> relax.Expr:
+    """An empty tensor of this shape; it has no element, so which one of the other it would be does not matter."""
+    origin = [0] * len(imp.shape(tensor))
+    return imp.te(
+        lambda t: te.compute([imp.dim(d) for d in target], lambda *_: t(*origin)), tensor, name="nothing"
+    )
 
 
 def _flatten(imp: Importer, node: ir.Node, x: Value) -> Value:

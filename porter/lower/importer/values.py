@@ -50,7 +50,7 @@ class Weight:
 
     def numpy(self) -> np.ndarray:
         """Read it, as it is seen (transposed or not)."""
-        array = self.value.const_value.numpy()
+        array = read(self.value)
         return array.T if self.transposed else array
 
     @property
@@ -91,6 +91,15 @@ class Sequence:
     """An ONNX sequence whose length is known."""
 
     parts: tuple[relax.Expr, ...]
+
+
+def read(value: ir.Value) -> np.ndarray:
+    """A constant's array; the tensor does not keep it, so that one weight at a time is in memory."""
+    tensor = value.const_value
+    array = tensor.numpy()
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return array
 
 
 Value = Sequence | relax.Expr | Ints | Weight | Quantized
