@@ -1,4 +1,4 @@
-"""In CI a test that does not run is a failure, unless it needs a GPU; and pytest's summary is the last line."""
+"""In CI a test that does not run is a failure, but for a GPU; and the last line is the summary of pytest."""
 
 import os
 import re
