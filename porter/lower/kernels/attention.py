@@ -15,7 +15,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from porter.lower.kernels.codecs import CODECS
-from porter.lower.kernels.define import Dim, Expr, Spec, T, define, f32, i64, local, loop, store, tanh, tirx
+from porter.lower.kernels.define import (
+    Dim,
+    Expr,
+    Spec,
+    define,
+    exp_below_zero,
+    f32,
+    i64,
+    local,
+    loop,
+    store,
+    tanh,
+    tirx,
+)
 
 TILE = 8  # keys between two rescalings of the accumulator
 # A finite "minus infinity": exp(-inf - LOWEST) is 0, exp(-inf - -inf) would be NaN. It is the lowest float32
@@ -127,10 +140,10 @@ def _row(spec: Attention, at: dict[str, tirx.Buffer], b: Expr, h: Expr, i: Expr,
             value = _masked(spec, at, _softcap(spec, dot), b, h, i, index)
             store(score, tirx.Select(first + j < seen, value, f32(float("-inf"))), j)
             store(new_top, tirx.max(new_top[0], score[j]), 0)
-        store(fade, T.exp(top[0] - new_top[0]), 0)
+        store(fade, exp_below_zero(top[0] - new_top[0]), 0)
         store(top, new_top[0], 0)
         with loop(TILE, "vectorized") as j:
-            store(score, T.exp(score[j] - new_top[0]), j)
+            store(score, exp_below_zero(score[j] - new_top[0]), j)
         store(total, total[0] * fade[0], 0)
         with loop(spec.value.width, "vectorized") as d:
             store(out, out[d] * fade[0], d)
@@ -167,7 +180,7 @@ def _dot(cache: Cache, at: dict[str, tirx.Buffer], query: tirx.Buffer, b: Expr, 
     codec = CODECS[cache.codec]
     words = cache.width // codec.per_word
     lanes = next(n for n in (16, 8, 4, 2, 1) if words % n == 0)
-    partial, dot = local(lanes), local(1)
+    partial = local(lanes)
     with loop(lanes, "vectorized") as v:
         store(partial, f32(0), v)
     with loop(words // lanes) as chunk:
@@ -176,10 +189,11 @@ def _dot(cache: Cache, at: dict[str, tirx.Buffer], query: tirx.Buffer, b: Expr, 
                 word = chunk * i64(lanes) + v
                 key = codec.decode(at["k"][b, head, j, word], tirx.IntImm("int32", which))
                 store(partial, partial[v] + query[word * i64(codec.per_word) + i64(which)] * key, v)
-    store(dot, f32(0), 0)
-    with loop(lanes, "unroll") as v:
-        store(dot, dot[0] + partial[v], 0)
-    return dot[0] if cache.codec == "fp32" else dot[0] * at["k_scale"][b, head, j, 0]
+    while lanes > 1:  # halves are added: lane by lane each addition would wait for the one before
+        lanes //= 2
+        with loop(lanes, "vectorized") as v:
+            store(partial, partial[v] + partial[v + i64(lanes)], v)
+    return partial[0] if cache.codec == "fp32" else partial[0] * at["k_scale"][b, head, j, 0]
 
 
 def _add_value(
