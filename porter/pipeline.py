@@ -30,7 +30,8 @@ class Pass(ir.passes.InPlacePass):
     """A frozen value whose fields are its options (snake_case here, kebab-case in text).
 
     Subclasses set `promise` and implement `run`. `name` is where the class lives:
-    `porter/passes/fuse/rms_norm.py` is `fuse.rms_norm`. `after` names passes that must stand before this one when both are in a pipeline.
+    `porter/passes/fuse/rms_norm.py` is `fuse.rms_norm`. `after` names passes that must stand before this one
+    when both are in a pipeline.
     """
 
     name: ClassVar[str] = ""

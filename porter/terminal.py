@@ -29,9 +29,8 @@ class Stages:
         console = Console(stderr=True)
         self._live = not quiet and console.is_terminal
         self._quiet = quiet
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(),
-        TimeElapsedColumn(),
-                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), *times)
         self._progress = Progress(*columns, console=console, disable=not self._live)
         self._tasks: dict[str, TaskID] = {}
 
