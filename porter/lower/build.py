@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tvm
 from tvm import relax, tirx
+from tvm.support import cc
 
 from porter.errors import EnvironmentFailure, TargetError
 from porter.lower import sources
@@ -108,8 +109,15 @@ class _SizesInOrder:
         return module
 
 
+def check_linker() -> None:
+    """Raise EnvironmentFailure PORT-0902 when there is no C++ compiler, before any work is done."""
+    if cc.get_cc() is None:
+        what = "there is no C++ compiler to link the library with"
+        raise EnvironmentFailure("PORT-0902", what, hint="install g++ or clang++")
+
+
 def write_library(executable: tvm.runtime.Executable, path: Path) -> None:
-    """Link the library. Raises EnvironmentFailure PORT-0902 when there is no C++ compiler to link with.
+    """Link the library. Raises EnvironmentFailure PORT-0902 when the C++ compiler fails.
 
     Object files and the linker's own scratch stand beside the library: if this process is killed they go with
     the folder that the next conversion removes, and nothing stays in the system's temporary folder.

@@ -16,7 +16,7 @@ import pytest
 from lowering import model, with_weights
 
 from porter import target
-from porter.errors import BundleError, OptionError
+from porter.errors import BundleError, EnvironmentFailure, OptionError
 from porter.lower.lower import lower
 from porter.run.host import HostRunner
 
@@ -275,3 +275,14 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
         digests.append({f.relative_to(folder): hashlib.sha256(f.read_bytes()).hexdigest() for f in files})
     assert len(digests[0]) == 3
     assert digests[0] == digests[1]
+
+
+def test_without_a_compiler_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tvm.support import cc
+
+    monkeypatch.setattr(cc, "get_cc", lambda: None)
+    with pytest.raises(EnvironmentFailure, match="PORT-0902"):
+        lower(
+            model("g (float[b,3] x) => (float[b,3] y) { y = Neg(x) }"), target.load("host"), tmp_path, BOUNDS
+        )
+    assert list(tmp_path.iterdir()) == []
