@@ -97,9 +97,10 @@ class Sequence:
 def read(value: ir.Value) -> np.ndarray:
     """A constant's array; the tensor does not keep it, so that one weight at a time is in memory."""
     tensor = value.const_value
-    array = tensor.numpy()
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    array = tensor.numpy().copy()  # a view would keep the file mapped
+    tensor.release()
     return array
 
 

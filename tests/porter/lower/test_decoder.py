@@ -183,3 +183,14 @@ def test_every_way_to_count_positions(tmp_path: Path) -> None:
             feeds["position_ids"] = np.array([[4, 5, 6]])
         got, wanted = port.runner.run(feeds), decoders.run(port.model, feeds)
         close(got["logits"], wanted["logits"], 2.0**-24 * 500)
+
+
+def test_weights_beside_the_model_are_read_and_released(tmp_path: Path) -> None:
+    """One in memory at a time: after lowering, no tensor keeps what it read."""
+    model = decoders.tiny_decoder()
+    ir.save(model, tmp_path / "model.onnx", external_data="model.data", size_threshold_bytes=0)
+    model = ir.load(tmp_path / "model.onnx")
+    lower(model, target.load("host"), tmp_path, BOUNDS)
+    tensors = [v.const_value for v in model.graph.initializers.values()]
+    assert any(isinstance(t, ir.ExternalTensor) for t in tensors)
+    assert all(t.raw is None for t in tensors if isinstance(t, ir.ExternalTensor))
