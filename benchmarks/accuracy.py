@@ -1,4 +1,4 @@
-"""The accuracy figures of docs/benchmarks.md, measured: lowered programs against ONNX Runtime on trained models.
+"""Measure the accuracy figures of docs/benchmarks.md: lowered programs against ONNX Runtime.
 
 python benchmarks/accuracy.py --models FOLDER [logits] [greedy] [perplexity] [--limit N]
 """
@@ -104,7 +104,7 @@ def perplexities(models: Path, work: Path, limit: int) -> bool:
     """babyllama on the excerpt through the lowered program (references: the models' READMEs)."""
     name = "babyllama-char-1m"
     texts = json.loads((models / "eval-text" / "tinystories_excerpt.json").read_text())
-    texts = list(texts.values())[0] if isinstance(texts, dict) else texts
+    texts = next(iter(texts.values())) if isinstance(texts, dict) else texts
     rows = [("fp32", {}, 2.331, 0.001), ("int8", {"weights": "int8"}, 2.331, 0.005),
             ("fp8", {"weights": "fp8"}, None, None), ("int4-g32", {"weights": "int4-g32"}, None, 2.45),
             ("kv int8", {"kv": "int8"}, None, None), ("kv int4", {"kv": "int4"}, None, None)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Bundle: what a conversion makes. A folder with a manifest: write it whole or not at all, open it, verify it."""
+"""Bundle: the folder that a conversion makes. Write it whole or not at all, open it, verify it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNLISTED = ("manifest.json", "report.json", "report.html", "report.junit.xml")
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. `manifest` holds the digests, the pipeline text, target, versions, seed and decoder."""
+    """An opened bundle. `manifest` holds digests, pipeline text, target, versions, seed and decoder."""
 
     path: Path
     manifest: dict[str, Any]
@@ -36,8 +36,8 @@ class Bundle:
     def open(cls, path: Path) -> Bundle:
         """Read the manifest and see that every file is there in its full size.
 
-        Raises BundleError PORT-0510 when it is no bundle, PORT-0511 when it is of another format version, PORT-0512
-        when a file is missing or cut short. `verify` also reads and digests every file.
+        Raises BundleError PORT-0510 when it is no bundle, PORT-0511 when it is of another format version,
+        PORT-0512 when a file is missing or cut short. `verify` also reads and digests every file.
         """
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ class Bundle:
         return cls(path, manifest)
 
     def verify(self) -> int:
-        """Digest every listed file; how many were right. Raises BundleError PORT-0513 at the first that is not."""
+        """Digest every listed file, and count them. Raises BundleError PORT-0513 at the first wrong one."""
         for name, entry in self.manifest["files"].items():
             if _sha256(self.path / name) != entry["sha256"]:
                 raise BundleError(
@@ -105,9 +105,9 @@ def write_manifest(folder: Path, decoder: Decoder, facts: dict[str, Any]) -> Non
 def writing(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
-    A bundle that stands at `out` is replaced; anything else there is left alone. Folders that killed conversions
-    left beside `out` are removed. Raises BundleError PORT-0514 when `out` cannot be replaced, EnvironmentFailure
-    PORT-0901 when the disk is full, PORT-0903 when the folder cannot be written.
+    A bundle that stands at `out` is replaced; anything else there is left alone. Folders that killed
+    conversions left beside `out` are removed. Raises BundleError PORT-0514 when `out` cannot be replaced,
+    EnvironmentFailure PORT-0901 when the disk is full, PORT-0903 when the folder cannot be written.
     """
     out = out.absolute()
     _check_replaceable(out)

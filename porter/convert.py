@@ -55,9 +55,9 @@ class Options:
 def convert(source: Path, out: Path, options: Options) -> DriftReport:
     """Port `source` and write the bundle `out`; the report says what the passes and the lowering cost.
 
-    With a budget, raises DriftError PORT-0605 and leaves no bundle when the lowered program drifts past it (unless
-    `options.keep`); the error's `report` holds the figures. Other failures are PorterErrors of the step they
-    happen in, and leave nothing behind either.
+    With a budget, raises DriftError PORT-0605 and leaves no bundle when the lowered program drifts past it
+    (unless `options.keep`); the error's `report` holds the figures. Other failures are PorterErrors of the
+    step they happen in, and leave nothing behind either.
     """
     started, progress = time.perf_counter(), options.progress
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
@@ -102,8 +102,8 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
 def pipeline_text(spec: TargetSpec, options: Options) -> str:
     """The target's pipeline with its slots filled, or the user's own.
 
-    Raises OptionError PORT-0830 for a format or scheme that the target's kernels do not read, PORT-0835 for both a
-    pipeline and options that fill the target's.
+    Raises OptionError PORT-0830 for a format or scheme that the target's kernels do not read, PORT-0835
+    for both a pipeline and options that fill the target's.
     """
     if options.pipeline:
         if options.weights or options.kv or options.context:

@@ -4,8 +4,8 @@
 class PorterError(Exception):
     """A failure that the user can act on.
 
-    `code` is stable (`PORT-0123`) and has a page `docs/errors/PORT-0123.md`. `what` is one sentence in lower case,
-    `where` a node, tensor or file, `hint` what to try. `exit_code` is what the command line returns.
+    `code` is stable (`PORT-0123`) and has a page `docs/errors/PORT-0123.md`. `what` is one sentence in
+    lower case, `where` a node, tensor or file, `hint` what to try. `exit_code` is the command line's.
     """
 
     exit_code = 1

@@ -14,7 +14,7 @@ from porter.run.decode import Decode, generate, sampler
 
 @dataclass(frozen=True)
 class Generated:
-    """What was generated: token ids, their text (None without a tokenizer), and the measured times in seconds."""
+    """What was generated: token ids, their text (None without a tokenizer), and measured times."""
 
     prompt: list[int]
     tokens: list[int]
@@ -29,7 +29,8 @@ class Generated:
     def summary(self) -> str:
         """One line."""
         rate = f"{self.tokens_per_s:.1f} tokens/s" if self.tokens_per_s else "one token"
-        return f"{len(self.tokens)} tokens, first after {self.first_token_s * 1e3:.0f} ms, then {rate} (measured)"
+        first = f"first after {self.first_token_s * 1e3:.0f} ms"
+        return f"{len(self.tokens)} tokens, {first}, then {rate} (measured)"
 
 
 def stream(
@@ -42,8 +43,8 @@ def stream(
 ) -> Generated:
     """Continue `prompt` (text) or `tokens`; `write` gets each piece of text, the prompt first.
 
-    Without a tokenizer the ids are written. Raises OptionError PORT-0833 when the model is no decoder, PORT-0834
-    when there is nothing to continue or a prompt without a tokenizer.
+    Without a tokenizer the ids are written. Raises OptionError PORT-0833 when the model is no decoder,
+    PORT-0834 when there is nothing to continue or a prompt without a tokenizer.
     """
     if model.decoder.cache == "none":
         raise OptionError("PORT-0833", "this model has no KV cache, so it cannot generate", where=model.name)
@@ -69,7 +70,7 @@ def stream(
 
 
 def _room(model: Runnable, ids: Sequence[int], max_new: int) -> int:
-    """No more than the cache holds: what fits is generated. The last token is never fed, so it needs no place."""
+    """No more than the cache holds. The last token is never fed, so it needs no place."""
     limit = min((n for n in (model.decoder.capacity, model.decoder.context) if n), default=0)
     return max(1, min(max_new, limit - len(ids) + 1)) if limit else max_new
 

@@ -29,8 +29,9 @@ class Promise(enum.Enum):
 class Pass(ir.passes.InPlacePass):
     """A frozen value whose fields are its options (snake_case here, kebab-case in text).
 
-    Subclasses set `promise` and implement `run`. `name` is where the class lives: `porter/passes/fuse/rms_norm.py`
-    is `fuse.rms_norm`. `after` names passes that must stand before this one when both are in a pipeline.
+    Subclasses set `promise` and implement `run`. `name` is where the class lives:
+    `porter/passes/fuse/rms_norm.py` is `fuse.rms_norm`. `after` names passes that must stand before this one
+    when both are in a pipeline.
     """
 
     name: ClassVar[str] = ""
@@ -122,7 +123,8 @@ class Pipeline:
     ) -> list[Step]:
         """Run each pass on `model` in place and check the graph after it; `watch` is called before each.
 
-        A PorterError passes through; any other failure becomes PassError PORT-0207 and names the passes before it.
+        A PorterError passes through; any other failure becomes PassError PORT-0207 and names the passes
+        before it.
         """
         from porter import graph
 

@@ -15,8 +15,9 @@ from porter.errors import SpecError
 class TargetSpec(BaseModel):
     """One target as its .toml describes it; unknown keys are refused.
 
-    `pipeline` is a pipeline text with the two slots `{weights}` and `{kv}`; `weights` and `kv` list the storage
-    formats that the target's kernels read directly; `aliases` map a short name (`fp8`) to the target's flavour.
+    `pipeline` is a pipeline text with the two slots `{weights}` and `{kv}`; `weights` and `kv` list the
+    storage formats that the target's kernels read directly; `aliases` map a short name (`fp8`) to the
+    target's flavour.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

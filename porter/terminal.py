@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class Stages:
-    """A progress line per stage, on stderr; on a pipe, one plain line when a stage begins. `quiet` shows nothing."""
+    """A progress line per stage, on stderr; on a pipe, one line as a stage begins; `quiet` shows nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         console = Console(stderr=True)
         self._live = not quiet and console.is_terminal
         self._quiet = quiet
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), *times)
         self._progress = Progress(*columns, console=console, disable=not self._live)
         self._tasks: dict[str, TaskID] = {}
 

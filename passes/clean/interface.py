@@ -3,7 +3,8 @@
     attention_mask [batch, s53], input_ids [batch, sequence], past [batch, 2, past, 8]
         -> attention_mask [batch, past + sequence]
 
-A mask has a column for each cached and each new token, and every input as many rows: what calls the model keeps to it.
+A mask has a column for each cached and each new token, and every input as many rows: what calls the model
+keeps to it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Write a sequence of slices, whose members are picked by number, as one Split.
 
-    s = SplitToSequence<axis>(x, sizes); a = SequenceAt(s, 0); b = SequenceAt(s, -1)  ->  a, b = Split<axis>(x, sizes)
+    s = SplitToSequence<axis>(x, sizes); a = SequenceAt(s, 0); b = SequenceAt(s, -1)
+        -> a, b = Split<axis>(x, sizes)
 
 What torch.split and torch.chunk are exported as. The sizes and the length of the axis must be numbers.
 """

@@ -6,7 +6,8 @@
     Attention(q, k, v, causal mask)                          -> Attention<is_causal=1>(q, k, v)
     Attention(q, k, v, causal mask and padding)              -> Attention<is_causal=1>(q, k, v, padding)
 
-A mask is causal when what it holds follows from indices to be `key <= query + past` (porter.symbolic.symbols),
+A mask is causal when what it holds follows from indices to be `key <= query + past`
+(porter.symbolic.symbols),
 whichever operators built it; a mask that cannot be proven so stays. Masked scores of -1e9 or less count as
 -inf: after the softmax they are zero in every row that sees any key, as each row of a causal mask does. The
 guard Where(IsNaN(softmax), 0, softmax) goes, for Attention gives zero for a row that sees no key.

@@ -87,9 +87,11 @@ def tokenizer_files(model: Path) -> list[Path]:
 
 
 def feeds_for(model: Runnable, data: str, seed: int) -> TokenFeeds:
-    """The user's text or tokens; else text that the model itself writes; random tokens when `data` is "random".
+    """The user's text or tokens; else text that the model itself writes; random tokens when `data` is
+    "random".
 
-    Raises OptionError PORT-0831 for an encoder without data (it cannot write), and what reading a file raises.
+    Raises OptionError PORT-0831 for an encoder without data (it cannot write), and what reading a file
+    raises.
     """
     length = min(LENGTH, model.decoder.context or LENGTH)
     if data == RANDOM:
@@ -108,7 +110,7 @@ def feeds_for(model: Runnable, data: str, seed: int) -> TokenFeeds:
 def measure(
     reference: Runnable, candidates: Mapping[str, Runnable], feeds: TokenFeeds, progress: Fraction
 ) -> dict[str, Comparison]:
-    """Compare the candidates with the reference; given "passes" and "total", also those two, as "lowering"."""
+    """Compare candidates with the reference; given "passes" and "total", also those two, as "lowering"."""
     feeds.check(reference.vocabulary)
     also = {"lowering": ("passes", "total")} if {"passes", "total"} <= candidates.keys() else {}
     everything = [reference, *candidates.values()]
@@ -127,7 +129,7 @@ def measure(
 
 
 def _vocabulary(model: ir.Model, decoder: Decoder) -> int:
-    """How many tokens there are: the last axis of the logits, or the rows of the table that the tokens pick from."""
+    """How many tokens there are: the logits' last axis, or the rows of the table that tokens pick from."""
     if decoder.cache != "none":
         output = next(v for v in model.graph.outputs if v.name == decoder.output)
         if output.shape is not None and isinstance(output.shape[-1], int):

@@ -60,7 +60,8 @@ class ExportReport:
     def summary(self) -> str:
         """What was written, how close it is to PyTorch, and what was left out: a line each."""
         lines = [
-            f"{self.path}: {self.kind}, {self.parameters:,} parameters, {self.nodes} nodes, opset {self.opset}",
+            f"{self.path}: {self.kind}, {self.parameters:,} parameters, "
+            f"{self.nodes} nodes, opset {self.opset}",
             f"largest difference from PyTorch: {self.max_abs:.3g} over {len(self.probes)} cases (measured)",
         ]
         if self.left_out:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
+from tvm.support import cc
 
 from porter.errors import EnvironmentFailure, TargetError
 from porter.lower import sources
@@ -80,6 +81,7 @@ def compiled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Exe
         relax.transform.LowerRuntimeBuiltin(),
         relax.transform.ComputePrimValue(),
         relax.transform.VMShapeLower(),
+        _SizesInOrder(),
         relax.transform.AttachGlobalSymbol(),
     ]
     pipeline = tvm.transform.Sequential(passes)
@@ -91,8 +93,31 @@ def compiled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Exe
         raise TargetError("PORT-0418", what) from error
 
 
+@tvm.transform.module_pass(opt_level=0, name="SizesInOrder")
+class _SizesInOrder:
+    """The functions that compute sizes store them in order of place.
+
+    VMShapeLower takes them from a hash table of addresses, and now and then a process wrote another library.
+    """
+
+    def transform_module(self, module: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        """Stores only read what the caller stored, so they may stand in any order."""
+        for name, function in module.functions.items():
+            if name.name_hint.startswith("shape_func") and isinstance(function.body, tirx.SeqStmt):
+                stores = sorted(function.body.seq, key=lambda store: int(store.indices[0]))
+                module.update_func(name, function.with_body(tirx.SeqStmt(stores)))
+        return module
+
+
+def check_linker() -> None:
+    """Raise EnvironmentFailure PORT-0902 when there is no C++ compiler, before any work is done."""
+    if cc.get_cc() is None:
+        what = "there is no C++ compiler to link the library with"
+        raise EnvironmentFailure("PORT-0902", what, hint="install g++ or clang++")
+
+
 def write_library(executable: tvm.runtime.Executable, path: Path) -> None:
-    """Link the library. Raises EnvironmentFailure PORT-0902 when there is no C++ compiler to link with.
+    """Link the library. Raises EnvironmentFailure PORT-0902 when the C++ compiler fails.
 
     Object files and the linker's own scratch stand beside the library: if this process is killed they go with
     the folder that the next conversion removes, and nothing stays in the system's temporary folder.

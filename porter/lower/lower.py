@@ -31,6 +31,7 @@ def lower(
     packed and written one at a time. Raises TargetError PORT-0410 to PORT-0420, ModelError PORT-0412,
     EnvironmentFailure PORT-0902.
     """
+    build.check_linker()
     imported = Importer(model, bounds).run()
     progress(0.1)
     target_tvm = build.tvm_target(target)

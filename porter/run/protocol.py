@@ -20,7 +20,7 @@ class TensorSpec:
 
 
 class Runner(Protocol):
-    """Runs a model. `inputs` and `outputs` are in graph order; `in_place` maps an output to the input it overwrites.
+    """Runs a model. `inputs` and `outputs` are in graph order; `in_place`: output -> the input it overwrites.
 
     `bounds` are the largest values that symbolic dimensions may have; a dimension it does not name has none.
     """

@@ -1,1 +1,1 @@
-"""What is known of a graph before it runs: sizes as expressions, contents, and what follows the past's length."""
+"""What is known of a graph before it runs: sizes and contents as expressions of batch, sequence and past."""

@@ -16,7 +16,8 @@ from porter.decoder import CacheTensor, Decoder
 from porter.errors import BundleError, EnvironmentFailure
 
 DECODER = Decoder(
-    "input_ids", "logits", "static", (CacheTensor("past.0.key", "present.0.key", 0, "key"),), lengths="n", capacity=8, eos=(2,)
+    "input_ids", "logits", "static", (CacheTensor("past.0.key", "present.0.key", 0, "key"),), lengths="n",
+    capacity=8, eos=(2,)
 )  # fmt: skip
 
 
@@ -66,9 +67,14 @@ def test_a_bundle_is_replaced_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failure", [ValueError("x"), KeyboardInterrupt(), BundleError("PORT-0510", "x")])
 def test_a_failure_leaves_what_was_there(tmp_path: Path, failure: BaseException) -> None:
     out = make(tmp_path / "b")
-    with pytest.raises(type(failure)), writing(out) as folder:
-        (folder / "half").write_text("x")
-        raise failure
+
+    def fail() -> None:
+        with writing(out) as folder:
+            (folder / "half").write_text("x")
+            raise failure
+
+    with pytest.raises(type(failure)):
+        fail()
     assert (out / "lib" / "model.so").read_text() == "one"
     assert beside(out) == []
 

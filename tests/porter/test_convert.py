@@ -1,4 +1,4 @@
-"""The straight path on a trained model: what it writes, that it repeats, what it refuses, what killing it leaves."""
+"""The straight path on a trained model: what it writes, repeats, refuses, and leaves when it is killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from porter.run.decode import generate
 ROOT = Path(__file__).parent.parent.parent
 SCHEMA = json.loads((ROOT / "docs" / "schemas" / "report.schema.json").read_text())
 
-# Both sides sum float32 products in other orders. The longest sum has 172 terms and 5 layers follow each other; logits
+# Both sides sum float32 products in other orders. The longest sum has 172 terms and 5 layers follow each
+# other; logits
 # reach 20, so one rounding of the largest is 1e-6 and 100 of them are 1e-4. Measured: 2.7e-5.
 LOGITS = 1e-4
 
@@ -78,7 +79,8 @@ def test_the_report_says_what_was_measured(bundle: Path) -> None:
 def test_quantized_drift_is_reported_and_lowering_adds_nothing(small: Path) -> None:
     report = json.loads((small / "report.json").read_text())
     total, passes, lowering = (report["drift"][n]["kl_mean"] for n in ("total", "passes", "lowering"))
-    # The int4 weights cost; the lowered program computes the same rounded model, but a key that lies on the edge
+    # The int4 weights cost; the lowered program computes the same rounded model, but a key that lies on
+    # the edge
     # between two int8 codes can fall either way, which is worth far less than the rounding itself.
     assert 0.01 < passes < 1.0
     assert lowering < 0.01 * passes
@@ -117,7 +119,8 @@ def test_text_streams(bundle: Path) -> None:
 def test_conversion_repeats_to_the_byte(bundle: Path, stories_onnx: Path, tmp_path: Path) -> None:
     """In another process with another hash seed and another place."""
     out = tmp_path / "again"
-    code = f"from pathlib import Path; from porter.convert import *; convert(Path({str(stories_onnx)!r}), Path({str(out)!r}), Options())"
+    paths = f"Path({str(stories_onnx)!r}), Path({str(out)!r})"
+    code = f"from pathlib import Path; from porter.convert import *; convert({paths}, Options())"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, cwd=tmp_path
     )

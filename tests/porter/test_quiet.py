@@ -11,7 +11,7 @@ CODE = "import porter.convert, porter.lower.lower, porter.run.host, porter.run.r
 
 
 def test_starting_up_writes_nothing(tmp_path: Path) -> None:
-    """ONNX Runtime's telemetry would write an identifier, TVM's bridge to PyTorch would compile an extension."""
+    """ONNX Runtime's telemetry would write an identifier, TVM's bridge to PyTorch compile an extension."""
     environment = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "CI")}
     environment |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", CODE], env=environment, check=True)

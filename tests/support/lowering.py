@@ -46,7 +46,7 @@ def compiled(source: ir.Model, bounds: dict[str, int] | None = None) -> Callable
     spec = build.tvm_target(target.load("host"))
     planned = build.planned(found.module, spec, found.sources)
     machine = tvm.relax.VirtualMachine(build.compiled(planned.module, spec), tvm.cpu())
-    weights = [tvm.runtime.tensor(np.ascontiguousarray(p.make())) for p in found.parameters]
+    weights = [tvm.runtime.tensor(np.require(p.make(), requirements="C")) for p in found.parameters]
     names = [v.name for v in source.graph.inputs if not v.is_initializer()]
 
     def run(feeds: Feeds) -> list[np.ndarray]:

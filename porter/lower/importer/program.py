@@ -181,7 +181,7 @@ class Importer:
         return result
 
     def lent(self, node: ir.Node) -> bool:
-        """May `node` overwrite its first input? If that is the graph's, comes back, and has no other reader."""
+        """May `node` overwrite its first input? If it is the graph's, comes back, and has no other reader."""
         value = node.inputs[0]
         readers = [use.node for use in value.uses() if use.node.op_type not in ("Shape", "Size")]
         returned = node.outputs[0].is_graph_output() and not value.is_graph_output()

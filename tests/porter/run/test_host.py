@@ -16,7 +16,7 @@ import pytest
 from lowering import model, with_weights
 
 from porter import target
-from porter.errors import BundleError, OptionError
+from porter.errors import BundleError, EnvironmentFailure, OptionError
 from porter.lower.lower import lower
 from porter.run.host import HostRunner
 
@@ -98,10 +98,10 @@ def test_no_rows_at_all(adder: HostRunner) -> None:
 def test_outputs_have_memory_of_their_own(make: Make) -> None:
     """An input, a constant, a view of an input and one tensor under two names come out as separate arrays."""
     text = """g (float[b,3] x, float[20] big)
-      => (float[b,3] x2, float[20] c, float[3] few, float[3,b] v, float[b,3] y, float[b,3] z)
-      <float[3] small = {1, 2, 3}, int64[2] k = {3, -1}> {
+      => (float[b,3] x2, float[20] c, float[3] few, float[3,b] v, float[b,3] y, float[b,3] z, float n)
+      <float[3] small = {1, 2, 3}, int64[2] k = {3, -1}, float one = {1}> {
       x2 = Identity(x) c = Identity(big) few = Identity(small) v = Reshape(x, k)
-      y = Relu(x) z = Identity(y) }"""
+      y = Relu(x) z = Identity(y) n = Identity(one) }"""
     runner = make(with_weights(model(text), big=np.arange(20, dtype=np.float32)))
     x = np.ones((2, 3), np.float32)
     first = runner.run({"x": x})
@@ -113,6 +113,7 @@ def test_outputs_have_memory_of_their_own(make: Make) -> None:
     assert again["c"].tolist() == list(range(20))
     assert again["few"].tolist() == [1, 2, 3]
     assert np.all(again["v"] == 1)
+    assert again["n"] == 1
     assert np.all(again["y"] == 1)
     again["y"][...] = 9
     assert np.all(again["z"] == 1)
@@ -274,3 +275,14 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
         digests.append({f.relative_to(folder): hashlib.sha256(f.read_bytes()).hexdigest() for f in files})
     assert len(digests[0]) == 3
     assert digests[0] == digests[1]
+
+
+def test_without_a_compiler_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tvm.support import cc
+
+    monkeypatch.setattr(cc, "get_cc", lambda: None)
+    with pytest.raises(EnvironmentFailure, match="PORT-0902"):
+        lower(
+            model("g (float[b,3] x) => (float[b,3] y) { y = Neg(x) }"), target.load("host"), tmp_path, BOUNDS
+        )
+    assert list(tmp_path.iterdir()) == []
