@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "errors"
 HEAD = """# Errors
 
-An error is one line: `porter: PORT-0123: what is wrong [where]; what to try`. Codes do not change their meaning."""
+An error is one line: `porter: PORT-0123: what is wrong [where]; what to try`. A code keeps its meaning."""
 HEADINGS = {
     "01": "The model",
     "02": "Passes and pipelines",
