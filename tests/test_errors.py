@@ -4,8 +4,24 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "errors"
+HEAD = """# Errors
+
+An error is one line: `porter: PORT-0123: what is wrong [where]; what to try`. A code keeps its meaning."""
+HEADINGS = {
+    "01": "The model",
+    "02": "Passes and pipelines",
+    "03": "Targets' files",
+    "04": "What does not fit the target (exit code 4)",
+    "05": "Bundles",
+    "06": "Drift (exit code 3)",
+    "07": "Export",
+    "08": "Options, tokenizers and feeds",
+    "09": "The machine, and porter itself",
+}
 
 
 def _codes() -> dict[str, str]:
@@ -35,10 +51,18 @@ def test_a_page_has_its_code_as_title_and_says_what_to_do() -> None:
         assert re.search(r"^(## |\*\*)?What to do", text, re.MULTILINE), f"{page.name} gives no advice"
 
 
-def test_the_index_lists_every_page_with_its_title() -> None:
-    index = (PAGES / "README.md").read_text("utf-8")
-    wanted = []
+def test_the_index_lists_every_page_with_its_title(request: pytest.FixtureRequest) -> None:
+    index = PAGES / "README.md"
+    if request.config.getoption("--update-golden"):
+        index.write_text(_index(), encoding="utf-8")
+    assert index.read_text("utf-8") == _index(), "pytest --update-golden tests/test_errors.py writes it anew"
+
+
+def _index() -> str:
+    lines = [HEAD]
     for page in sorted(PAGES.glob("PORT-*.md")):
+        if (heading := f"\n## {HEADINGS[page.stem[5:7]]}\n") not in lines:
+            lines.append(heading)
         title = page.read_text("utf-8").splitlines()[0].removeprefix(f"# {page.stem}: ")
-        wanted.append(f"- [{page.stem}]({page.name}) {title}")
-    assert [line for line in index.splitlines() if line.startswith("- [")] == wanted
+        lines.append(f"- [{page.stem}]({page.name}) {title}")
+    return "\n".join(lines) + "\n"
