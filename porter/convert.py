@@ -75,6 +75,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
         ported = decoder.recognise(model)
         graph.save(model, folder / bundle.MODEL)
         lowered = _lower(graph.load(folder / bundle.MODEL), spec, folder, ported, progress)
+        progress("measure", 0.0)
         runners = {"passes": ReferenceRunner(folder / bundle.MODEL), "total": _host(folder)}
         ports = {n: Runnable.over(n, r, ported, model, reference.words) for n, r in runners.items()}
         drift = measure(reference, ports, feeds, lambda f: progress("measure", f))
@@ -155,10 +156,17 @@ def _lower(
     progress("lower", 0.0)
     from porter.lower.lower import lower
 
+    return lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
+
+
+def _bounds(model: ir.Model, ported: decoder.Decoder) -> dict[str, int]:
+    """The largest value of each dimension that the interface leaves open, by the model's name for it."""
     context = min(ported.capacity or ported.context or MAX_CONTEXT, MAX_CONTEXT)
     step = context if ported.cache == "none" else min(context, MAX_STEP)
-    bounds = {"batch": MAX_BATCH, "sequence": step, "past": context}
-    return lower(model, spec, folder, bounds, lambda f: progress("lower", f))
+    shapes = {v.name: v.shape for v in model.graph.inputs}
+    named = list(zip(shapes[ported.tokens], (MAX_BATCH, step), strict=False))
+    named += [(shapes[c.past][2], context) for c in ported.caches if ported.cache == "concat"]
+    return {str(dim.value): bound for dim, bound in named if isinstance(dim, ir.SymbolicDim) and dim.value}
 
 
 def _host(folder: Path) -> HostRunner:

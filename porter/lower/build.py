@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import shutil
@@ -116,23 +117,30 @@ def check_linker() -> None:
         raise EnvironmentFailure("PORT-0902", what, hint="install g++ or clang++")
 
 
-def write_library(executable: tvm.runtime.Executable, path: Path) -> None:
-    """Link the library. Raises EnvironmentFailure PORT-0902 when the C++ compiler fails.
+def write_library(executable: tvm.runtime.Executable, folder: Path) -> str:
+    """Link the library into `folder` and return its name, which its contents make.
 
-    Object files and the linker's own scratch stand beside the library: if this process is killed they go with
-    the folder that the next conversion removes, and nothing stays in the system's temporary folder.
+    The system's loader gives back what it once loaded by the same path, so another program needs another
+    name: else a process that converts again would go on running the old one. Object files and the linker's
+    own scratch stand beside the library: if this process is killed they go with the folder that the next
+    conversion removes, and nothing stays in the system's temporary folder. Raises EnvironmentFailure
+    PORT-0902 when the C++ compiler fails.
     """
-    scratch = path.parent / ".objects"
+    scratch = folder / ".objects"
     scratch.mkdir()
+    linked = scratch / "model.so"
     try:
         with _temporary_files_in(scratch):
-            executable.export_library(str(path), workspace_dir=str(scratch))
+            executable.export_library(str(linked), workspace_dir=str(scratch))
+        name = f"model-{hashlib.sha256(linked.read_bytes()).hexdigest()[:16]}.so"
+        linked.replace(folder / name)
     except (RuntimeError, FileNotFoundError, ValueError, subprocess.CalledProcessError) as error:
         text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise EnvironmentFailure("PORT-0902", f"the library cannot be linked: {text}",
                                  hint="install a C++ compiler (g++ or clang++)") from error  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    return name
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from porter.lower import build, plan, weights
 from porter.lower.importer.program import DTYPES, Importer
 from porter.target import TargetSpec
 
-LIBRARY, WEIGHTS, PLAN = "lib/model.so", "lib/weights.bin", "plan.json"
+LIBRARIES, WEIGHTS, PLAN = "lib", "lib/weights.bin", "plan.json"
 
 
 def lower(
@@ -25,7 +25,7 @@ def lower(
     bounds: dict[str, int],
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> plan.Plan:
-    """Compile `model` and write `lib/model.so`, `lib/weights.bin` and `plan.json` into `folder`.
+    """Compile `model` and write `lib/model-….so`, `lib/weights.bin` and `plan.json` into `folder`.
 
     `bounds` gives the largest value of each symbolic dimension; memory is planned for them. Weights are
     packed and written one at a time. Raises TargetError PORT-0410 to PORT-0420, ModelError PORT-0412,
@@ -45,8 +45,9 @@ def lower(
     )
     plan.extract(planned.module, made, imported.parameters, planned.nodes)
     progress(0.2)
-    (folder / "lib").mkdir(exist_ok=True)
-    build.write_library(build.compiled(planned.module, target_tvm), folder / LIBRARY)
+    (folder / LIBRARIES).mkdir(exist_ok=True)
+    library = build.write_library(build.compiled(planned.module, target_tvm), folder / LIBRARIES)
+    made.library = f"{LIBRARIES}/{library}"
     progress(0.6)
     total = sum(p.bytes for p in imported.parameters) or 1
     weights.write(

@@ -46,12 +46,13 @@ class Launch:
 
 @dataclass
 class Plan:
-    """What a runner needs besides the code: interface, bounds, storages with offsets, weights, launches."""
+    """What a runner needs besides the code, which is in the file `library`."""
 
     bounds: dict[str, int]
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
     in_place: dict[str, str]
+    library: str = ""
     storages: list[dict[str, int]] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)

@@ -28,6 +28,7 @@ class Decode:
         self._runner, self._decoder, self._batch = runner, decoder, batch
         self._limit = min((n for n in (decoder.capacity, decoder.context) if n), default=0)
         self._vocabulary = runner.outputs[decoder.output].shape[-1] if decoder.cache != "none" else ""
+        self._steps = (*runner.inputs[decoder.tokens].shape, "", "")[1]  # the name of the sequence's axis
         self.reset()
 
     def reset(self) -> None:
@@ -44,7 +45,7 @@ class Decode:
         """
         tokens = np.asarray(tokens)
         self._check(tokens)
-        most = self._runner.bounds.get("sequence", 0) if self._decoder.caches else 0
+        most = self._runner.bounds.get(str(self._steps), 0) if self._decoder.caches else 0
         if not most or tokens.shape[1] <= most:
             return self._feed(tokens)
         pieces = [tokens[:, at : at + most] for at in range(0, tokens.shape[1], most)]

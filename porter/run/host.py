@@ -34,7 +34,7 @@ class HostRunner:
     def __init__(self, folder: Path) -> None:
         try:
             plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-            library = tvm.runtime.load_module(str(folder / "lib" / "model.so"))
+            library = tvm.runtime.load_module(str(folder / plan["library"]))
             self._machine = relax.VirtualMachine(library, tvm.cpu())
             self._weights = _map_weights(folder / "lib" / "weights.bin", plan["weights"])
             self._main = self._machine["main"]

@@ -232,12 +232,12 @@ def test_an_index_outside_is_refused_by_the_program(make: Make) -> None:
     assert runner.run({"x": np.array([1])})["y"].shape == (1, 3)
 
 
-@pytest.mark.parametrize("damage", ["lib/model.so", "lib/weights.bin", "plan.json"])
+@pytest.mark.parametrize("damage", ["lib/model-*.so", "lib/weights.bin", "plan.json"])
 @pytest.mark.parametrize("how", ["missing", "cut"])
 def test_a_damaged_program(tmp_path: Path, damage: str, how: str) -> None:
     source = model("g (float[b,20] x, float[20,3] w) => (float[b,3] y) { y = MatMul(x, w) }")
     lower(with_weights(source, w=np.ones((20, 3), np.float32)), target.load("host"), tmp_path, BOUNDS)
-    file = tmp_path / damage
+    (file,) = tmp_path.glob(damage)
     data = file.read_bytes()
     file.unlink()
     if how == "cut":
