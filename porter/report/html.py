@@ -39,6 +39,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {"clean": words.clean, "amount": lambda f: words.amount(f.value, f.unit)}
     environment.globals |= {"measured": words.measured, "value": _value, "amount": words.amount}
+    environment.globals["title"] = words.title
     return environment
 
 

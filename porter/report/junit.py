@@ -6,7 +6,7 @@ from xml.etree import ElementTree as xml
 
 from porter.drift.budget import AT_MOST
 from porter.report.report import DriftReport
-from porter.report.words import clean, verdict
+from porter.report.words import clean, title, verdict
 
 
 def to_xml(report: DriftReport) -> str:
@@ -35,7 +35,7 @@ def to_xml(report: DriftReport) -> str:
 
 
 def _case(suite: xml.Element, report: DriftReport, name: str, failure: str) -> None:
-    owner = clean(f"{report.model.get('name', 'model')} on {report.target}")
+    owner = title(report)
     case = xml.SubElement(suite, "testcase", classname=owner, name=name, time="0")
     if failure:
         xml.SubElement(case, "failure", message=failure, type="drift").text = clean(verdict(report))

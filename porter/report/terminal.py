@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from porter.report.report import DriftReport
-from porter.report.words import MEASURES, amount, clean, evidence, measured, shown, value, verdict
+from porter.report.words import MEASURES, amount, clean, evidence, measured, shown, title, value, verdict
 
 
 def show(report: DriftReport, console: Console) -> None:
@@ -24,7 +24,7 @@ def render(report: DriftReport) -> RenderableType:
 
 
 def _parts(report: DriftReport) -> Iterator[RenderableType]:
-    yield Text(f"{clean(report.model.get('name', 'model'))} → {clean(report.target)}", style="bold")
+    yield Text(title(report), style="bold")
     yield Text(f"on {evidence(report)}", style="dim")
     if report.drift:
         yield _drift(report)
@@ -58,12 +58,12 @@ def _drift(report: DriftReport) -> Table:
 
 def _context(report: DriftReport) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in (
+    for heading in (
         f"context\n{report.kind('context')}",
         *(MEASURES[m][0] for m in ("kl_mean", "top1")),
         "positions",
     ):
-        table.add_column(title, justify="right")
+        table.add_column(heading, justify="right")
     for row in report.context:
         kl, top1 = (value(_float(row.get(m)), m) for m in ("kl_mean", "top1"))
         table.add_row(f"≤ {clean(row['tokens'])}", kl, top1, clean(row.get("positions", "")))

@@ -36,6 +36,14 @@ def clean(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
 
 
+def title(report: DriftReport) -> str:
+    """What was measured: a port on its target, or one model against another."""
+    name = clean(report.model.get("name", "model"))
+    if report.target:
+        return f"{name} on {clean(report.target)}"
+    return f"{name} against {clean(report.model.get('reference', 'its reference'))}"
+
+
 def value(number: float | None, measure: str = "") -> str:
     """Four significant digits; shares in per cent; – for what was not measured."""
     if number is None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from porter.drift.measures import Drift
 from porter.report.report import DriftReport
 from porter.report.terminal import show
-from porter.report.words import amount, clean, value
+from porter.report.words import amount, clean, title, value
 
 
 def shown(report, width=80):
@@ -21,7 +21,7 @@ def shown(report, width=80):
 def test_all_that_matters_is_there(make_report):
     text = shown(make_report())
     for wanted in (
-        "stories260k → maia-200",
+        "stories260k on maia-200",
         "0.0011",
         "97.53 %",
         "27.5 dB",
@@ -113,3 +113,11 @@ def test_values():
         "50 %",
     ]
     assert clean("a\tb\ud800") == "a\\tb\\ud800"
+
+
+def test_a_comparison_names_both_models() -> None:
+    """Without a target there is no port: one model is measured against another."""
+    report = DriftReport(
+        model={"name": "b", "reference": "a"}, target="", pipeline="", feeds={}, drift={"total": Drift()}
+    )
+    assert title(report) == "b against a"
