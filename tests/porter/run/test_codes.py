@@ -1,4 +1,4 @@
-"""Every code of a stored format, from an ONNX graph through the lowered program: what comes out is its value."""
+"""Every code of a stored format, from an ONNX graph through the lowered program: its value comes out."""
 
 from __future__ import annotations
 
