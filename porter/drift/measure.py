@@ -25,7 +25,10 @@ from porter.tokenizer import Tokenizer
 
 Fraction = Callable[[float], None]
 
-BATCH = 4  # windows that run side by side
+BATCH = 8  # windows that run side by side at most: a step reads all weights, however many rows it has
+LOGIT_BYTES = (
+    256 << 20
+)  # of one model's longest step; fewer windows run side by side where they would need more
 LENGTH = 129  # tokens of a text that the model writes itself: 64 prefilled, 64 decoded through the cache
 TEXTS = 8
 RANDOM = "random"
@@ -119,13 +122,21 @@ def measure(
     def watch(done: int, total: int) -> None:
         progress(done / total)
 
+    batch = _side_by_side(feeds, window, reference.vocabulary)
     if reference.decoder.cache == "none":
         encoders = {name: r.encode for name, r in candidates.items()}
         return encode(
-            reference.encode, encoders, feeds, window=window, batch=BATCH, also=also, progress=watch
+            reference.encode, encoders, feeds, window=window, batch=batch, also=also, progress=watch
         )
     sessions = {name: r.session for name, r in candidates.items()}
-    return compare(reference.session, sessions, feeds, window=window, batch=BATCH, also=also, progress=watch)
+    return compare(reference.session, sessions, feeds, window=window, batch=batch, also=also, progress=watch)
+
+
+def _side_by_side(feeds: TokenFeeds, window: int | None, vocabulary: int) -> int:
+    """How many windows run in one batch."""
+    longest = max(len(tokens) for tokens in feeds.sequences)
+    longest = min(longest, window or longest)
+    return max(1, min(BATCH, LOGIT_BYTES // (4 * longest * vocabulary)))
 
 
 def _vocabulary(model: ir.Model, decoder: Decoder) -> int:
