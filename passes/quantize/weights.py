@@ -140,7 +140,8 @@ class Rounded:
         """Codes [N,K] in the numpy type of their ONNX type, and scales [N] or [N,G] in the source's type."""
         array = self.source.numpy()
         matrix = np.ascontiguousarray(array.T) if self.turned else array
-        codes, scale = formats.encode(self.form, matrix, array.dtype)
+        encoded = formats.encode(self.form, matrix, array.dtype)
+        codes, scale = encoded.codes, encoded.scales
         codes = codes.astype(ml_dtypes.int4) if self.form.element == "int4" else codes
         return codes.view(CODES[self.form.element].numpy()), scale if self.form.group else scale[:, 0]
 

@@ -12,12 +12,10 @@ import ml_dtypes
 import numpy as np
 
 from porter.formats import blocks, integers
-from porter.formats.format import Format
+from porter.formats.format import Encoded, Format
 
 
-def encode(
-    form: Format, values: np.ndarray, scale_dtype: np.dtype | type = np.float32
-) -> tuple[np.ndarray, np.ndarray]:
+def encode(form: Format, values: np.ndarray, scale_dtype: np.dtype | type = np.float32) -> Encoded:
     """Finite floats [..., K] -> codes [..., K] (int8, or uint8 for a float8) and their scales [..., G].
 
     G is ceil(K / group), or 1 when a scale holds for the row. A group of zeros gets scale 1. The codes are
@@ -25,14 +23,18 @@ def encode(
     """
     values = np.asarray(values, np.float32)
     if form.element == "int4":
-        return _better(form, values, scale_dtype)
+        return Encoded(form, *_better(form, values, scale_dtype))
     top = form.float8.largest if form.float8 else integers.limits(form.bits)[1]
     scale = _scale(blocks.absmax(values, form.group), top, scale_dtype)
-    return _codes(form, values, scale), scale
+    return Encoded(form, _codes(form, values, scale), scale)
 
 
-def decode(form: Format, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Codes [..., K] and scales [..., G] -> float32 [..., K], as ONNX DequantizeLinear has it."""
+def decode(encoded: Encoded) -> np.ndarray:
+    """What the codes stand for, float32 [..., K], as ONNX DequantizeLinear has it."""
+    return _decode(encoded.form, encoded.codes, encoded.scales)
+
+
+def _decode(form: Format, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     elements = form.float8.decode(codes) if form.float8 else codes.astype(np.float32)
     return elements * blocks.spread(scale.astype(np.float32), codes.shape[-1], form.group)
 
@@ -55,7 +57,7 @@ def _better(form: Format, values: np.ndarray, scale_dtype: np.dtype | type) -> t
 
 def _squared_error(form: Format, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     # Relative to the scale, so that neither huge nor tiny weights leave float32's range when squared.
-    error = decode(form, _codes(form, values, scale), scale) - values
+    error = _decode(form, _codes(form, values, scale), scale) - values
     unit = np.maximum(blocks.absmax(values, form.group), np.finfo(np.float32).tiny)
     return blocks.total((error / blocks.spread(unit, values.shape[-1], form.group)) ** 2, form.group)
 

@@ -39,7 +39,7 @@ def weight_of(model: ir.Model, name: str) -> np.ndarray:
 
 def rounded(name: str, w: np.ndarray) -> np.ndarray:
     form = formats.parse(name)
-    return formats.decode(form, *formats.encode(form, w))
+    return formats.decode(formats.encode(form, w))
 
 
 # 172 columns: a ragged last group for every group size above.

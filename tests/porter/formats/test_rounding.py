@@ -55,8 +55,9 @@ def dequantize_with_ort(form: formats.Format, codes: np.ndarray, scale: np.ndarr
 @every_format
 def test_decode_is_onnx_runtimes_dequantize_linear(name):
     form = formats.parse(name)
-    codes, scale = formats.encode(form, matrix())
-    np.testing.assert_array_equal(formats.decode(form, codes, scale), dequantize_with_ort(form, codes, scale))
+    encoded = formats.encode(form, matrix())
+    codes, scale = encoded.codes, encoded.scales
+    np.testing.assert_array_equal(formats.decode(encoded), dequantize_with_ort(form, codes, scale))
 
 
 @every_format
@@ -64,14 +65,15 @@ def test_decode_is_onnx_runtimes_dequantize_linear(name):
 def test_no_other_code_is_nearer(name, seed, columns):
     form = formats.parse(name)
     w = np.random.default_rng(seed).standard_normal((3, columns)).astype(np.float32)
-    codes, scale = formats.encode(form, w)
+    encoded = formats.encode(form, w)
+    scale = encoded.scales
     spread = formats.blocks.spread(scale, columns, form.group).astype(np.float64)
     if form.float8:
         every = form.float8.values[np.isfinite(form.float8.values)].astype(np.float64)
     else:
         every = np.arange(-(2 ** (form.bits - 1)), 2 ** (form.bits - 1))
     best = np.abs(every[None, None] * spread[..., None] - w[..., None]).min(-1)
-    got = np.abs(formats.decode(form, codes, scale).astype(np.float64) - w)
+    got = np.abs(formats.decode(encoded).astype(np.float64) - w)
     # w / scale and code * scale are each rounded once to float32, so a tie may fall to either side.
     assert (got <= best + 2.0**-22 * np.abs(w)).all()
 
@@ -82,8 +84,9 @@ def test_zeros_and_extreme_sizes_stay_finite(name):
     big, small = np.finfo(np.float32).max, np.float32(1e-45)
     w = np.zeros((4, 40), np.float32)
     w[1, :2], w[2, :2], w[3, 3] = (big, -big), (small, -small), -big
-    codes, scale = formats.encode(form, w)
-    back = formats.decode(form, codes, scale)
+    encoded = formats.encode(form, w)
+    scale = encoded.scales
+    back = formats.decode(encoded)
     assert np.isfinite(scale).all()
     assert (scale != 0).all()
     assert np.isfinite(back).all()
@@ -96,10 +99,11 @@ def test_zeros_and_extreme_sizes_stay_finite(name):
 def test_int4_beats_both_of_its_scales():
     w = np.random.default_rng(1).standard_normal((64, 172)).astype(np.float32)
     form = formats.parse("int4-g32")
-    codes, scale = formats.encode(form, w)
+    encoded = formats.encode(form, w)
+    scale = encoded.scales
     assert (scale < 0).any()  # a negative scale is the price of reaching code -8 on the positive side
     assert (scale > 0).any()
-    ours = formats.blocks.total((formats.decode(form, codes, scale) - w) ** 2, 32)
+    ours = formats.blocks.total((formats.decode(encoded) - w) ** 2, 32)
     for divisor, peak in ((7, formats.blocks.absmax(w, 32)), (-8, formats.blocks.signed_absmax(w, 32))):
         s = formats.blocks.spread(peak / np.float32(divisor), 172, 32)
         theirs = formats.blocks.total((np.clip(np.rint(w / s), -8, 7) * s - w) ** 2, 32)
@@ -109,7 +113,8 @@ def test_int4_beats_both_of_its_scales():
 
 def test_scales_of_another_dtype_are_what_the_codes_are_nearest_under():
     w = np.random.default_rng(2).standard_normal((4, 64)).astype(np.float16)
-    codes, scale = formats.encode(formats.parse("int8"), w, np.float16)
+    encoded = formats.encode(formats.parse("int8"), w, np.float16)
+    codes, scale = encoded.codes, encoded.scales
     assert scale.dtype == np.float16
     np.testing.assert_array_equal(codes, np.rint(w.astype(np.float32) / scale.astype(np.float32)))
 
