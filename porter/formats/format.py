@@ -60,7 +60,7 @@ class Format:
         """The largest value of an element before any scale."""
         return float(self.elements.largest) / (1 << self.fraction)
 
-    def scales(self, rows: int, columns: int) -> tuple[int, int]:
+    def groups(self, rows: int, columns: int) -> tuple[int, int]:
         """How many scales a matrix of `rows` by `columns` has: R along the rows, G along the columns."""
         return -(-rows // (self.rows or rows)), -(-columns // (self.group or columns))
 
@@ -72,7 +72,7 @@ class Format:
         if not self.scale:
             return self.bits
         zero = {"": 0, "code": self.bits, "real": 32}[self.zero]
-        r, g = self.scales(rows, columns)
+        r, g = self.groups(rows, columns)
         extra = r * g * (8 * SCALES[self.scale].itemsize + zero)
         extra += rows * -(-columns // self.micro) if self.micro else 0
         extra += 32 if self.scale == "e4m3fn" else 0

@@ -29,15 +29,18 @@ TINY = np.finfo(np.float32).tiny
 HUGE = np.finfo(np.float32).max
 
 
-def candidates(form: Format, values: np.ndarray) -> list[Scales]:
-    """The scales of finite float32 values; two sets where it takes the error to choose between them."""
+def candidates(form: Format, values: np.ndarray, factor: np.float32 | None = None) -> list[Scales]:
+    """The scales of finite float32 values; two sets where it takes the error to choose between them.
+
+    `factor`: NVFP4's, where the values are a part of the matrix.
+    """
     if form.micro:
         return [_micro(form, values)]
     if form.scale == "e8m0":
-        factor = np.float32(2.0**-form.fraction) if form.fraction else None
-        return [Scales(_power(_absmax(form, values), form.largest, form.mx), factor=factor)]
+        fixed = np.float32(2.0**-form.fraction) if form.fraction else None
+        return [Scales(_power(_absmax(form, values), form.largest, form.mx), factor=fixed)]
     if form.scale == "e4m3fn":
-        return [_two_level(form, values)]
+        return [_two_level(form, values, factor)]
     if form.zero:
         return [_asymmetric(form, values)]
     plain = Scales(stored(_absmax(form, values), form.largest, form.scale))
@@ -84,13 +87,19 @@ def _power(peak: np.ndarray, largest: float, rounding: str) -> np.ndarray:
     return np.where(peak == 0, 127, code).astype(np.uint8).view(SCALES["e8m0"])
 
 
-def _two_level(form: Format, values: np.ndarray) -> Scales:
+def whole_factor(form: Format, peak: float) -> np.float32:
+    """NVFP4's factor for a matrix whose largest magnitude is `peak`."""
+    largest = form.largest * ELEMENTS[form.scale].largest
+    return np.float32(stored(np.float32(peak), largest, "fp32"))
+
+
+def _two_level(form: Format, values: np.ndarray, factor: np.float32 | None) -> Scales:
     """NVFP4: a scale that would round to nothing becomes the smallest that e4m3fn has."""
     peak, inner = _absmax(form, values), ELEMENTS[form.scale]
-    largest = np.float32(form.largest)
-    factor = stored(peak.max(), largest * np.float32(inner.largest), "fp32")
-    ratio = np.where(peak == 0, np.float32(1), np.maximum(peak / largest / factor, inner.values[1]))
-    return Scales(inner.encode(ratio).view(SCALES[form.scale]), factor=np.float32(factor))
+    factor = whole_factor(form, peak.max()) if factor is None else factor
+    ratio = np.maximum(peak / np.float32(form.largest) / factor, inner.values[1])
+    ratio = np.where(peak == 0, np.float32(1), ratio)
+    return Scales(inner.encode(ratio).view(SCALES[form.scale]), factor=factor)
 
 
 def _micro(form: Format, values: np.ndarray) -> Scales:
