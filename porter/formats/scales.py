@@ -1,11 +1,11 @@
 """Choosing scales: what the codes of each group will be multiplied by.
 
-    symmetric     scale = absmax / largest element                    int8, fp8-…
-    two compete   scale = absmax / 7, or m / -8                       int4 (int3, int2: 3 and -4, 1 and -2)
-    asymmetric    scale = (max - min) / (2^b - 1), zero = round(-min / scale), 0 within the range    uint…
-    MX            scale = 2^e, e = floor(log2 absmax) - emax, or one of two variants that saturate less
-    NVFP4         factor = absmax of all / (6 * 448), scale = e4m3fn((absmax / 6) / factor)
-    MX9, MX6      scale = 2^floor(log2 absmax), and a pair below half of the range is shifted by one bit
+    symmetric    scale = absmax / largest element
+    competing    scale = absmax / 7, or m / -8 (3 bits: 3 and -4; 2 bits: 1 and -2)
+    asymmetric   scale = (max - min) / (2^b - 1), zero = round(-min / scale); the range includes 0
+    mx           scale = 2^e, e = floor(log2 absmax) - emax, or one of two variants that saturate less
+    nvfp4        factor = absmax of all / (6 * 448), scale = e4m3fn((absmax / 6) / factor)
+    micro        scale = 2^floor(log2 absmax); a pair below half of the range is shifted by one bit
 
 m is the value of largest magnitude with its sign: an integer has one code more below zero than above, so
 llama.cpp's Q4_0 lets m meet -8, under a negative scale when m is positive. The asymmetric scale is that of
@@ -18,12 +18,13 @@ group of zeros has scale 1. Shapes: values [..., N, K], scales [..., R, G].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from porter.formats import blocks
 from porter.formats.elements import ELEMENTS
 from porter.formats.format import SCALES, Format, Scales
-from porter.formats.integers import Integer
 
 TINY = np.finfo(np.float32).tiny
 HUGE = np.finfo(np.float32).max
@@ -34,20 +35,7 @@ def candidates(form: Format, values: np.ndarray, factor: np.float32 | None = Non
 
     `factor`: NVFP4's, where the values are a part of the matrix.
     """
-    if form.micro:
-        return [_micro(form, values)]
-    if form.scale == "e8m0":
-        fixed = np.float32(2.0**-form.fraction) if form.fraction else None
-        return [Scales(_power(_absmax(form, values), form.largest, form.mx), factor=fixed)]
-    if form.scale == "e4m3fn":
-        return [_two_level(form, values, factor)]
-    if form.zero:
-        return [_asymmetric(form, values)]
-    plain = Scales(stored(_absmax(form, values), form.largest, form.scale))
-    if not isinstance(form.elements, Integer) or form.bits == 8:
-        return [plain]
-    signed = blocks.signed_absmax(values, form.group, form.rows)
-    return [plain, Scales(stored(signed, form.elements.smallest, form.scale))]
+    return RULES[form.rule](form, values, factor)
 
 
 def stored(peak: np.ndarray, code: float, scale: str) -> np.ndarray:
@@ -65,12 +53,27 @@ def _absmax(form: Format, values: np.ndarray) -> np.ndarray:
     return blocks.absmax(values, form.group, form.rows)
 
 
-def _asymmetric(form: Format, values: np.ndarray) -> Scales:
+def _symmetric(form: Format, values: np.ndarray, _: object) -> list[Scales]:
+    return [Scales(stored(_absmax(form, values), form.largest, form.scale))]
+
+
+def _competing(form: Format, values: np.ndarray, _: object) -> list[Scales]:
+    signed = blocks.signed_absmax(values, form.group, form.rows)
+    below = Scales(stored(signed, form.elements.smallest, form.scale))
+    return [*_symmetric(form, values, _), below]
+
+
+def _asymmetric(form: Format, values: np.ndarray, _: object) -> list[Scales]:
     high = np.maximum(blocks.largest(values, form.group, form.rows), 0)
     low = np.minimum(blocks.smallest(values, form.group, form.rows), 0)
     with np.errstate(over="ignore"):  # a range beyond float32 becomes the largest scale, and saturates
         scales = stored(high - low, form.elements.largest, form.scale)
-    return Scales(scales, zeros=form.elements.encode(-low / scales.astype(np.float32)))
+    return [Scales(scales, zeros=form.elements.encode(-low / scales.astype(np.float32)))]
+
+
+def _mx(form: Format, values: np.ndarray, _: object) -> list[Scales]:
+    fixed = np.float32(2.0**-form.fraction) if form.fraction else None
+    return [Scales(_power(_absmax(form, values), form.largest, form.mx), factor=fixed)]
 
 
 def _power(peak: np.ndarray, largest: float, rounding: str) -> np.ndarray:
@@ -93,19 +96,30 @@ def whole_factor(form: Format, peak: float) -> np.float32:
     return np.float32(stored(np.float32(peak), largest, "fp32"))
 
 
-def _two_level(form: Format, values: np.ndarray, factor: np.float32 | None) -> Scales:
+def _two_level(form: Format, values: np.ndarray, factor: np.float32 | None) -> list[Scales]:
     """NVFP4: a scale that would round to nothing becomes the smallest that e4m3fn has."""
     peak, inner = _absmax(form, values), ELEMENTS[form.scale]
     factor = whole_factor(form, peak.max()) if factor is None else factor
     ratio = np.maximum(peak / np.float32(form.largest) / factor, inner.values[1])
     ratio = np.where(peak == 0, np.float32(1), ratio)
-    return Scales(inner.encode(ratio).view(SCALES[form.scale]), factor=factor)
+    return [Scales(inner.encode(ratio).view(SCALES[form.scale]), factor=factor)]
 
 
-def _micro(form: Format, values: np.ndarray) -> Scales:
+def _micro(form: Format, values: np.ndarray, _: object) -> list[Scales]:
     """MX9, MX6: the group's exponent is its largest element's, whatever `mx` says; a pair's shift is 1 when
     both are smaller than it."""
     scales = _power(_absmax(form, values), form.largest, "floor")
     pairs = blocks.absmax(values, form.micro)
     per_pair = blocks.spread(scales.astype(np.float32), pairs.shape[-1], form.group // form.micro)
-    return Scales(scales, shifts=(pairs < per_pair).astype(np.uint8))
+    return [Scales(scales, shifts=(pairs < per_pair).astype(np.uint8))]
+
+
+RULES: dict[str, Callable[[Format, np.ndarray, np.float32 | None], list[Scales]]] = {
+    "symmetric": _symmetric,
+    "competing": _competing,
+    "asymmetric": _asymmetric,
+    "mx": _mx,
+    "nvfp4": _two_level,
+    "micro": _micro,
+}
+"""How scales are chosen, by `Format.rule`."""
