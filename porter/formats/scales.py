@@ -41,12 +41,15 @@ def candidates(form: Format, values: np.ndarray, factor: np.float32 | None = Non
 def stored(peak: np.ndarray, code: float, scale: str) -> np.ndarray:
     """`peak / code` in the stored type: 1 for zeros; never so small that dividing by it overflows, nor so
     large that multiplying `code` by it does."""
-    info = np.finfo(np.float16) if scale == "fp16" else np.finfo(np.float32)  # bfloat16: float32's range
-    low = max(TINY, np.float32(info.smallest_subnormal))
-    high = np.nextafter(min(np.float32(info.max), HUGE / np.float32(abs(code))), np.float32(0))
-    ratio = peak / np.float32(code)
-    bounded = np.copysign(np.clip(np.abs(ratio), low, high), ratio)
-    return np.where(peak == 0, np.float32(1), bounded).astype(SCALES[scale])
+    dtype, code = SCALES[scale], np.float32(code)
+    low = np.finfo(np.float16).smallest_subnormal if scale == "fp16" else TINY
+    # A bfloat16 may be rounded down so far that an integer reaches the code after: -128 for -127.
+    limits = {"fp32": HUGE / abs(code), "bf16": HUGE / (abs(code) + 1), "fp16": np.finfo(np.float16).max}
+    # One below the limit in the stored type, so that rounding to that type does not pass it.
+    high = np.nextafter(dtype.type(limits[scale]), dtype.type(0)).astype(np.float32)
+    ratio = peak / code
+    bounded = np.copysign(np.clip(np.abs(ratio), np.float32(low), high), ratio)
+    return np.where(peak == 0, np.float32(1), bounded).astype(dtype)
 
 
 def _absmax(form: Format, values: np.ndarray) -> np.ndarray:

@@ -121,6 +121,13 @@ def test_micro_exponents_by_the_paper(name, magnitude_bits, seed, columns):
         assert formats.decode(encoded)[0, i] == float(magnitude * step) * (-1 if value < 0 else 1)
 
 
+@pytest.mark.parametrize("name", ["mx9", "mx6"])
+def test_a_pair_that_reaches_half_of_the_range_is_not_shifted(name):
+    below = np.nextafter(np.float32(1), np.float32(0))
+    w = np.array([[1.5, 0, 0, -1, below, below, 0, 0]], np.float32)
+    assert formats.encode(formats.parse(name), w).shifts.tolist() == [[0, 0, 1, 1]]
+
+
 def test_micro_exponents_do_not_ask_how_mx_rounds():
     w = matrix()
     floor, larger = (formats.encode(replace(formats.parse("mx9"), mx=mx), w) for mx in ("floor", "larger"))
@@ -199,3 +206,17 @@ def test_small_rows_use_half_precisions_subnormals():
     assert (encoded.scales < np.finfo(np.float16).smallest_normal).all()
     # A scale near 2^-20 of 16 steps is at most 1/32 off: the codes still reach 127 / (1 + 1/32) or more.
     assert (np.abs(encoded.codes.astype(int)).max(-1) >= 123).all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-g32", "uint4-g32", "fp8-e5m2"])
+@pytest.mark.parametrize("scale", ["fp32", "fp16", "bf16"])
+def test_no_stored_scale_leaves_its_type_or_float32(name, scale):
+    huge = np.finfo(np.float32).max
+    peaks = (huge * 2.0 ** np.arange(0, -276, -0.5)).astype(np.float32)  # down to float32's smallest
+    form = replace(formats.parse(name), scale=scale)
+    for sign in (1, -1):
+        encoded = formats.encode(form, sign * peaks[:, None])
+        stored = encoded.scales.astype(np.float32)
+        assert np.isfinite(stored).all()
+        assert (stored != 0).all()
+        assert np.isfinite(formats.decode(encoded)).all()
