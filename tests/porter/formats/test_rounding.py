@@ -219,6 +219,18 @@ def test_half_and_double_precision_come_in_as_float32(name):
     np.testing.assert_array_equal(formats.encode(form, turned).codes, wanted)
 
 
+@pytest.mark.parametrize("element", ["uint8", "uint4"])
+def test_ties_go_to_even_before_an_integer_zero_is_added_as_onnx_runtime_has_it(element):
+    form, w = formats.parse(f"{element}-g4"), np.array([[-1.5, -0.5, 0.5, 1.5, 2.5, 3.5]], np.float32)
+    one, zeros = np.ones((1, 2), np.float32), np.array([[3, 4]], np.uint8)
+    codes = formats.nearest(form, w, formats.Scales(one, zeros)).codes
+    inits = [floats("w", w), floats("s", one), typed("z", form, zeros)]
+    node = helper.make_node("QuantizeLinear", ["w", "s", "z"], ["q"], axis=1, block_size=4)
+    back = helper.make_node("Cast", ["q"], ["y"], to=TensorProto.FLOAT)
+    np.testing.assert_array_equal(codes, run([node, back], inits, codes, TensorProto.FLOAT))
+    assert codes.tolist() == [[1, 3, 3, 5, 6, 8]]
+
+
 def test_real_zeros_are_added_before_rounding():
     form = replace(formats.parse("uint4-g4"), zero="real")
     w = np.array([[-1.0, 0.1, 0.24, 0.26, 3.0]], np.float32)
