@@ -3,15 +3,15 @@
 Their bodies are plain ONNX, so any runtime can run them; porter's importer knows them by name (domain
 `porter`). All shapes below may have further axes in front.
 
-- `Decode<ELEMENT>{length}(packed uint8 [N, B]) -> float32 [N, length]`: codes of b bits, a row at a time, as a
-  little-endian bit stream: element i is bits i*b up to (i+1)*b, counted from the least significant bit of the
-  row's byte 0, and B = ceil(length * b / 8). For 2 and 4 bits that is ONNX's order.
+- `Decode<ELEMENT>{length}(packed uint8 [N, B]) -> float32 [N, length]`: codes of b bits, a row at a time, as
+  a little-endian bit stream: element i is bits i*b up to (i+1)*b, counted from the least significant bit of
+  the row's byte 0, and B = ceil(length * b / 8). For 2 and 4 bits that is ONNX's order.
 - `DecodeShifts{length}(packed uint8 [N, ceil(length/8)]) -> float32 [N, length]`: 0.5 where the bit is 1.
 - `ScaleBlocks{block}(x [N, K], scale [N, G]) -> [N, K]`: each block of a row times its scale; the last
   block may be shorter. `SubtractBlocks{block}(x, zero)`: less its zero point.
 - `RepeatRows{rows, length}(scale [R, G]) -> [length, G]`: each row `rows` times, the last perhaps fewer.
 
-The numpy twin of the packing is `pack`.
+The numpy twin of the packing is `porter.formats.packing`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import numpy as np
 import onnx.parser
 import onnx_ir as ir
 
-from porter import formats
+from porter.formats.elements import ELEMENTS
+from porter.formats.integers import Integer
 
 DOMAIN = "porter"
 
-# Word w of a row is P bytes that hold n whole codes; its elements are digits of base 2^b. int64 holds 5 bytes.
+# A word is as many bytes as hold whole codes (3 of 8 codes of 3 bits); the codes are its digits in base 2^b.
 _DECODE = """<domain: "porter", opset_import: ["" : {opset}]> {name} <length> (packed) => (values)
 {{
     zero = Constant<value_ints = [0]>()
@@ -98,18 +99,6 @@ _ROWS = """<domain: "porter", opset_import: ["" : {opset}]> {name} <rows, length
 }}"""
 
 
-def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """int8 or uint8 codes [..., K] -> uint8 [..., ceil(K * bits / 8)]: a little-endian bit stream a row.
-
-    Codes of fewer than 8 bits give their low bits (two's complement where they are signed).
-    """
-    codes = codes.view(np.uint8)
-    if bits == 8:
-        return codes
-    apart = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-    return np.packbits(apart.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
-
-
 def decoder(element: str) -> str:
     """The name of the function that decodes an element: `DecodeE2M1` for e2m1, `DecodeInt3` for int3."""
     return "Decode" + (element.upper() if element.startswith("e") else element.capitalize())
@@ -136,11 +125,11 @@ def add(model: ir.Model, name: str, element: str = "", bits: int = 0) -> None:
 
 def values(element: str, bits: int) -> np.ndarray:
     """What each bit pattern of an element stands for, float32 [2^bits]."""
-    codes = np.arange(1 << bits, dtype=np.uint8)[None]
-    if element.startswith("int"):
+    elements = ELEMENTS[element]
+    codes = np.arange(1 << bits, dtype=np.uint8)
+    if isinstance(elements, Integer) and elements.smallest < 0:
         codes = (codes << np.uint8(8 - bits)).view(np.int8) >> np.int8(8 - bits)
-    form = formats.Format(element, element, bits)
-    return formats.decode(formats.Encoded(form, codes, np.ones((1, 1), np.float32)))[0]
+    return elements.decode(codes).astype(np.float32)
 
 
 def _decoder_text(name: str, table: np.ndarray, bits: int, opset: int) -> str:

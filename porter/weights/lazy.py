@@ -2,8 +2,8 @@
 
 Whoever writes a model reads the parts of a weight (codes, scales, zero points) one after the other, perhaps
 from several threads. The first reader computes; the others wait for it and take what it left. A result whose
-parts were all read is forgotten, and computed again for who asks again. A `Shelf` bounds how many
-results wait for their other readers, so that reading only the scales of a whole model does not keep its codes.
+parts were all read is forgotten, and computed again for who asks again. A `Shelf` bounds how many results
+wait for their other readers, so that reading only the scales of a whole model does not keep its codes.
 """
 
 from __future__ import annotations

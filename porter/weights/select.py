@@ -1,4 +1,4 @@
-"""Which constants of a graph are the matrices of linear layers and tables, what role each plays, and choosing.
+"""Which constants of a graph are matrices of linear layers and tables, and what role each plays; choosing.
 
 A matrix is a constant of floats, [N,K] or a stack of them [E,N,K] (or, where its rows are inputs, [K,N] and
 [E,K,N]), all of whose uses are understood: the right side of a MatMul, straight, or turned by a Transpose of

@@ -1,5 +1,4 @@
-"""Put a weight into the graph as an Encoded: codes, scales and what else it has as initializers, and the nodes
-that decode them.
+"""Put a weight into the graph as an Encoded: its arrays as initializers, and the nodes that decode them.
 
     W [N,K]  ->  DequantizeLinear(W codes, scale[, zero])                         (a)
              ->  [SubtractBlocks(., zero)] -> [ScaleBlocks(., DecodeShifts)] ->
@@ -12,9 +11,8 @@ a matrix is `axis=0`; for each group, `axis=-1` and `block_size`; for a row of a
 of K. A scale that is not float32 is followed by a Cast, and multiplied by the factor where there is one; rows
 that share scales get them through RepeatRows.
 
-Computed in float32 these are the values of `formats.decode`, bit for bit, but with a factor: the graph
-multiplies scale and factor first, which is one more rounding (a relative 2^-24). A weight of half precision
-is cast to its own type in the end.
+The values are those of `formats.decode`, bit for bit: the same float32 operations in the same order, and
+every power of two is exact. A weight of half precision is cast to its own type in the end.
 
 The codes keep the weight's name W; beside it stand `W.scale`, `W.zero`, `W.shifts`, `W.factor`, and the
 decoded value is `W.dequantized`.
@@ -29,7 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from porter.errors import PassError
-from porter.formats import Encoded, Format
+from porter.formats import Encoded, Format, packing
 from porter.match import fresh_name
 from porter.weights import functions, lazy
 from porter.weights.select import Matrix
@@ -95,7 +93,7 @@ def replace(
 
 @dataclass(frozen=True)
 class Part:
-    """One initializer of a weight: `of` takes its array from the Encoded, `convert` makes it what is stored."""
+    """One initializer of a weight: `of` takes its array from the Encoded, `convert` makes it as stored."""
 
     name: str
     dtype: ir.DataType
@@ -107,8 +105,7 @@ class Part:
 def _parts(form: Format, shape: tuple[int, ...]) -> list[Part]:
     """The initializers of a weight of `shape`, its codes first."""
     *lead, n, k = shape
-    groups = _groups(form, k)
-    scales = [*lead, -(-n // form.rows) if form.rows else 1, groups]
+    scales = [*lead, *form.scales(n, k)]
     parts = [_codes(form, shape)]
     if form.element in HALVES:
         return parts
@@ -116,14 +113,11 @@ def _parts(form: Format, shape: tuple[int, ...]) -> list[Part]:
     parts.append(_blocks("scale", SCALES[form.scale], scales, flat, lambda e: e.scales))
     if form.zero:
         dtype = ir.DataType.FLOAT if form.zero == "real" else TYPED.get(form.element, ir.DataType.UINT8)
-        stay = flat and form.zero == "code" and decodes_by_type(form)
-        parts.append(_blocks("zero", dtype, scales, stay, lambda e: e.zeros))
+        parts.append(_blocks("zero", dtype, scales, flat, lambda e: e.zeros))
     if form.micro:
         pairs = -(-k // form.micro)
         packed = [*lead, n, -(-pairs // 8)]
-        parts.append(
-            Part("shifts", ir.DataType.UINT8, packed, lambda e: e.shifts, lambda a: functions.pack(a, 1))
-        )
+        parts.append(Part("shifts", ir.DataType.UINT8, packed, lambda e: e.shifts, lambda a: _packed(a, 1)))
     if has_factor(form):
         parts.append(Part("factor", ir.DataType.FLOAT, [], lambda e: np.asarray(e.factor, np.float32)))
     return parts
@@ -135,9 +129,7 @@ def _codes(form: Format, shape: tuple[int, ...]) -> Part:
         return Part("codes", dtype, list(shape), lambda e: e.codes, lambda a: a.view(dtype.numpy()))
     if form.element not in TYPED:
         packed = [*shape[:-1], -(-shape[-1] * form.bits // 8)]
-        return Part(
-            "codes", ir.DataType.UINT8, packed, lambda e: e.codes, lambda a: functions.pack(a, form.bits)
-        )
+        return Part("codes", ir.DataType.UINT8, packed, lambda e: e.codes, lambda a: _packed(a, form.bits))
     dtype = TYPED[form.element]
     return Part("codes", dtype, list(shape), lambda e: e.codes, lambda a: _typed(a, dtype))
 
@@ -162,8 +154,8 @@ def _typed(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
     return array.astype(wanted) if dtype.bitwidth < 8 else array.view(wanted)
 
 
-def _groups(form: Format, k: int) -> int:
-    return -(-k // form.group) if form.group else 1
+def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    return codes.view(np.uint8) if bits == 8 else packing.pack(codes, bits)
 
 
 def decodes_by_type(form: Format) -> bool:
@@ -173,7 +165,7 @@ def decodes_by_type(form: Format) -> bool:
 
 def has_factor(form: Format) -> bool:
     """Whether a float32 for the whole matrix stands beside the scales."""
-    return form.scale == "e4m3fn"
+    return form.scale == "e4m3fn" or bool(form.fraction)
 
 
 def _flat_scale(form: Format, shape: tuple[int, ...]) -> list[int] | None:

@@ -261,10 +261,10 @@ def test_the_target_names_the_flavour():
 @pytest.mark.parametrize(
     ("step", "opset", "code"),
     [
-        (RoundToNearest(format="fp8-e4m3"), 21, "PORT-0253"),
         (RoundToNearest(format="int8"), 20, "PORT-0254"),
         (RoundToNearest(format="int9"), 21, "PORT-0250"),
-        (RoundToNearest(format="mxfp4"), 21, "PORT-0251"),
+        (RoundToNearest(format="mxfp4"), 21, "PORT-0254"),
+        (RoundToNearest(format="mxfp4", scales="fp16"), 24, "PORT-0257"),
         (RoundToNearest(skip=("heads",)), 21, "PORT-0256"),
     ],
 )
