@@ -33,7 +33,8 @@ def _group_query_attention(edit: Editor) -> None:
     if edit.attribute("do_rotary", 0):
         rows = places if places is not None else _positions(edit, source, past_k)
         interleaved = int(edit.attribute("rotary_interleaved", 0))
-        q, k = (_rotated(edit, x, rows, cos, sin, interleaved) for x in (q, k))
+        width = _partial_width(cos, past_k)
+        q, k = (_rotated(edit, x, rows, cos, sin, interleaved, width) for x in (q, k))
     for cache in (past_k, past_v, *edit.node.outputs[1:3]):
         _grow(edit, cache)
     mask = _window(edit, source, past_k, bias)
@@ -116,12 +117,22 @@ def _ends(edit: Editor, x: ir.Value, past: ir.Value | None) -> tuple[ir.Value, i
     return before, edit.op("Add", before, count)
 
 
+def _partial_width(cos: ir.Value, past: ir.Value | None) -> int:
+    """How much of a head is rotated, by the table's width; 0 for all of it, where that is known to be all."""
+    shape = cos.const_value.shape if cos.const_value is not None else cos.shape
+    width = 2 * shape[1] if shape is not None and isinstance(shape[1], int) else 0
+    head = past.shape[3] if past is not None and past.shape is not None else None
+    return 0 if width == head else width
+
+
 def _rotated(
     edit: Editor, x: ir.Value, places: ir.Value, cos: ir.Value, sin: ir.Value, interleaved: int, width: int = 0
 ) -> ir.Value:
     """RotaryEmbedding of [B, H, S, D] at positions [B, S] by tables [positions, width / 2]."""
-    partial = {"rotary_embedding_dim": width} if width else {}
-    return edit.op("RotaryEmbedding", x, cos, sin, places, interleaved=interleaved or None, **partial)
+    return edit.op(
+        "RotaryEmbedding", x, cos, sin, places,
+        interleaved=interleaved or None, rotary_embedding_dim=width or None,
+    )  # fmt: skip
 
 
 def _window(edit: Editor, x: ir.Value, past: ir.Value | None, bias: ir.Value | None) -> ir.Value | None:

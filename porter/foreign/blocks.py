@@ -28,6 +28,7 @@ NUMPY = {
     ir.DataType.INT8: np.int8,
     ir.DataType.UINT8: np.uint8,
 }
+_SIGNED = tuple(signed for signed, _ in TYPES.values())
 TWO_BIT_OPSET, TWO_BIT_IR = 25, 13  # the first that have 2-bit integers
 
 
@@ -36,6 +37,14 @@ def unpacked(rows: np.ndarray, bits: int, columns: int) -> np.ndarray:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (rows[..., None] >> shifts) & np.uint8(2**bits - 1)
     return codes.reshape(*rows.shape[:-1], -1)[..., :columns]
+
+
+def typed(codes: np.ndarray, dtype: ir.DataType) -> ir.Tensor:
+    """Codes, uint8 of which the low bits count, as a tensor of an integer type of that many bits."""
+    if dtype in _SIGNED:  # the sign's bit spreads to the left
+        top = np.uint8(1 << (dtype.bitwidth - 1))
+        codes = ((codes ^ top) - top).view(np.int8)
+    return ir.Tensor(codes.astype(NUMPY[dtype]), dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -64,12 +73,7 @@ class Blocks:
         shape = ir.Shape([self.rows, self.columns])
 
         def compute() -> ir.Tensor:
-            codes = self.codes() ^ np.uint8(2 ** (self.bits - 1) if flip else 0)
-            if signed and self.bits < 8:  # the sign's bit spreads to the left
-                top = np.uint8(2 ** (self.bits - 1))
-                codes = ((codes ^ top) - top).view(np.int8)
-            codes = codes.view(np.int8) if signed else codes
-            return ir.Tensor(codes.astype(NUMPY[dtype]), dtype=dtype)
+            return typed(self.codes() ^ np.uint8(2 ** (self.bits - 1) if flip else 0), dtype)
 
         return ir.LazyTensor(compute, dtype=dtype, shape=shape)
 
@@ -82,7 +86,8 @@ class Stored:
     block: int
     scale: ir.Value
     zero: ir.Value | None
-    signed: bool  # whether codes without a zero point are signed as they stand
+    signed: bool  # whether the codes are
+    middle: bool  # whether they have the zero point 2^(bits-1) where none is given, rather than 0
     name: str
 
 
@@ -99,21 +104,16 @@ def _dequantize(edit: Editor, stored: Stored) -> ir.Value:
     blocks = stored.blocks
     groups = -(-blocks.columns // stored.block)
     scale = _matrix(edit, stored.scale, (blocks.rows, groups), "scales")
-    zero = _zero_codes(edit, stored, groups)
+    zero = _zero_codes(edit, stored, groups)  # as bits, whether signed or not
     if isinstance(zero, ir.Value):
         return _shifted(edit, stored, scale, zero)
-    middle = zero is not None and bool((zero == 2 ** (blocks.bits - 1)).all())
-    if middle or zero is None:
-        codes = blocks.stored(signed=True, flip=middle)
-    else:
-        codes = blocks.stored(signed=stored.signed, flip=False)
+    usual = not stored.signed and zero is not None and bool((zero == 2 ** (blocks.bits - 1)).all())
+    codes = blocks.stored(signed=stored.signed or usual, flip=usual)
     if blocks.bits == 2:
         _raise_opset(edit.model)
     made = [edit.weight(f"{stored.name}.codes", codes), scale]
-    if zero is not None and not middle:
-        typed = zero.view(np.int8) if stored.signed else zero
-        points = ir.Tensor(typed.astype(NUMPY[codes.dtype]), dtype=codes.dtype)
-        made.append(edit.weight(f"{stored.name}.zero", points))
+    if zero is not None and not usual:
+        made.append(edit.weight(f"{stored.name}.zero", typed(zero, codes.dtype)))
     return edit.op("DequantizeLinear", *made, axis=1, block_size=stored.block)
 
 
@@ -121,7 +121,8 @@ def _zero_codes(edit: Editor, stored: Stored, groups: int) -> np.ndarray | ir.Va
     """Zero points uint8 [N, G] (None: 0 of signed codes), or the value of float ones [N, G]."""
     blocks = stored.blocks
     if stored.zero is None:
-        return None if stored.signed else np.full((blocks.rows, groups), 2 ** (blocks.bits - 1), np.uint8)
+        usual = np.full((blocks.rows, groups), 2 ** (blocks.bits - 1), np.uint8)
+        return usual if stored.middle else None
     tensor = edit.constant(stored.zero, "its zero points")
     if tensor.dtype.is_floating_point():
         return _matrix(edit, stored.zero, (blocks.rows, groups), "zero points")
@@ -189,7 +190,8 @@ def _matmul_nbits(edit: Editor) -> None:
     tensor = edit.constant(b, "its weight")
     blocks = Blocks(tensor, bits, rows, columns)
     _check_size(edit, blocks, "codes")
-    stored = Stored(blocks, int(edit.attribute("block_size", 0)), scale, zero, False, str(tensor.name or b.name))
+    block, name = int(edit.attribute("block_size", 0)), str(tensor.name or b.name)
+    stored = Stored(blocks, block, scale, zero, signed=False, middle=True, name=name)
     edit.replace(product(edit, x, dequantized(edit, stored), bias))
 
 
@@ -206,13 +208,15 @@ def _gather_block_quantized(edit: Editor) -> None:
     bits = int(edit.attribute("bits", 4)) if packed else 4
     rows, width = _table_size(edit, data, tensor, scale)
     columns = width * (8 // bits) if packed else width
-    signed = tensor.dtype == ir.DataType.INT4
-    # The default zero point of uint8 data is the middle; that of typed codes is 0.
-    blocks = Blocks(tensor, bits, rows, columns)
-    unsigned = tensor.dtype == ir.DataType.UINT4 and zero is None
-    if unsigned:
-        raise edit.refusal("uint4 codes without zero points")
-    stored = Stored(blocks, int(edit.attribute("block_size", 128)), scale, zero, signed, str(tensor.name))
+    stored = Stored(
+        Blocks(tensor, bits, rows, columns),
+        int(edit.attribute("block_size", 128)),
+        scale,
+        zero,
+        signed=tensor.dtype == ir.DataType.INT4,
+        middle=packed,
+        name=str(tensor.name or data.name),
+    )
     edit.replace(edit.op("Gather", dequantized(edit, stored), indices))
 
 

@@ -152,3 +152,114 @@ def test_matmul_n_bits_has_a_bias():
     inputs = ["x", "b", "s", "z", "", "bias"]
     wanted, found, _ = compared("MatMulNBits", {"x": x}, weights, inputs, K=40, N=6, bits=4, block_size=16)
     close(found, wanted, 41, float(np.abs(x).sum(-1).max()) * 17)
+
+
+def table_bytes(bits: int, zeros: str) -> dict[str, np.ndarray]:
+    made = n_bits(bits, 9, 48, 16, zeros)
+    return {"data": made["b"].reshape(9, -1), "s": made["s"]} | (
+        {"z": made["z"].reshape(9, -1)} if "z" in made else {}
+    )
+
+
+@pytest.mark.parametrize("zeros", ["none", "packed"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gather_block_quantized_of_bytes(bits, zeros):
+    ids = np.array([[0, 8], [3, 3], [7, 1]])
+    weights = table_bytes(bits, zeros)
+    inputs = ["data", "ids", "s"] + (["z"] if zeros == "packed" else [])
+    options = {"bits": bits, "block_size": 16, "gather_axis": 0, "quantize_axis": 1}
+    wanted, found, _ = compared("GatherBlockQuantized", {"ids": ids}, weights, inputs, **options)
+    np.testing.assert_array_equal(found["y"], wanted["y"])  # no sum: a product each
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.int4, ml_dtypes.uint4])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_gather_block_quantized_of_typed_codes(kind, zeros):
+    rng = np.random.default_rng(0)
+    low = -8 if kind is ml_dtypes.int4 else 0
+    weights = {
+        "data": rng.integers(low, low + 16, (9, 40)).astype(kind),
+        "s": (rng.random((9, 3)) + 0.1).astype(np.float32),
+    }
+    if zeros:
+        weights["z"] = rng.integers(low, low + 16, (9, 3)).astype(kind)
+    inputs = ["data", "ids", "s"] + (["z"] if zeros else [])
+    options = {"block_size": 16, "gather_axis": 0, "quantize_axis": 1}
+    feeds = {"ids": np.array([[0, 8], [3, 3]])}
+    wanted, found, _ = compared("GatherBlockQuantized", feeds, weights, inputs, **options)
+    np.testing.assert_array_equal(found["y"], wanted["y"])
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize(("rows", "columns"), [(6, 64), (5, 33), (3, 7)])
+def test_matmul_bnb4(kind, rows, columns):
+    rng, block = np.random.default_rng(0), 16
+    count = rows * columns
+    weights = {
+        "b": rng.integers(0, 256, -(-count // 2), np.uint8),
+        "absmax": (rng.random(-(-count // block)) + 0.1).astype(np.float32),
+    }
+    x = noise(3, columns)
+    options = {"K": columns, "N": rows, "block_size": block, "quant_type": kind}
+    wanted, found, _ = compared("MatMulBnb4", {"x": x}, weights, **options)
+    close(found, wanted, columns, float(np.abs(x).sum(-1).max()) * 1.1)
+
+
+# ------------------------------------------------------------------ attention
+
+HEADS, KV, SIZE, CONTEXT = 4, 2, 32, 32  # ONNX Runtime rotates multiples of 16
+
+
+def angles(width: int = SIZE) -> dict[str, np.ndarray]:
+    table = np.outer(np.arange(CONTEXT), 10000.0 ** -(np.arange(width // 2) / (width // 2)))
+    return {"cos": np.cos(table).astype(np.float32), "sin": np.sin(table).astype(np.float32)}
+
+
+GQA_INPUTS = ["q", "k", "v", "pk", "pv", "seqlens", "total", "cos", "sin", "places", "bias"]
+GQA_OUTPUTS = {"y": TensorProto.FLOAT, "present_k": TensorProto.FLOAT, "present_v": TensorProto.FLOAT}
+
+
+def gqa(past: int, steps: int, *, batch: int = 2, packed: bool = False, rotary: int = 0, **more: object):
+    """Feeds, weights, inputs and attributes of a GroupQueryAttention."""
+    if packed:
+        feeds = {"q": noise(batch, steps, (HEADS + 2 * KV) * SIZE)}
+    else:
+        feeds = {"q": noise(batch, steps, HEADS * SIZE)}
+        feeds |= {n: noise(batch, steps, KV * SIZE, seed=i + 1) for i, n in enumerate("kv")}
+    feeds |= {n: noise(batch, KV, past, SIZE, seed=i + 3) for i, n in enumerate(("pk", "pv"))}
+    feeds["seqlens"] = np.full(batch, past + steps - 1, np.int32)
+    feeds["total"] = np.array(past + steps, np.int32)
+    feeds |= {n: a for n, a in more.items() if isinstance(a, np.ndarray)}
+    weights = angles(rotary) if rotary else {}
+    present = {*feeds, *weights}
+    inputs = [n if n in present else "" for n in GQA_INPUTS]
+    while not inputs[-1]:
+        inputs.pop()
+    attributes = {"num_heads": HEADS, "kv_num_heads": KV, **({"do_rotary": 1} if rotary else {})}
+    return feeds, weights, inputs, attributes | {n: a for n, a in more.items() if n not in feeds}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"packed": True},
+        {"rotary": SIZE},
+        {"rotary": SIZE, "packed": True, "rotary_interleaved": 1},
+        {"rotary": 16},
+        {"scale": 0.3, "softcap": 2.0},
+        {"local_window_size": 3},
+        {"local_window_size": 1, "rotary": SIZE},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("past", "steps"), [(0, 5), (0, 1), (7, 1), (4, 3)])
+def test_group_query_attention(past, steps, options):
+    feeds, weights, inputs, attributes = gqa(past, steps, **options)
+    if past and steps > 1 and "batch" not in options:  # the CPU kernel takes one row then
+        feeds, weights, inputs, attributes = gqa(past, steps, batch=1, **options)
+    wanted, found, model = compared(
+        "GroupQueryAttention", feeds, weights, inputs, GQA_OUTPUTS, **attributes
+    )
+    close(found, wanted, 2 * SIZE + past + steps, 8.0)
+    assert [v.name for v in model.graph.inputs] == [n for n in feeds if n not in ("seqlens", "total")]
