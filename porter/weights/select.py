@@ -12,8 +12,8 @@ Roles, told from the graph:
 - `experts`: a stack [E,N,K].
 - `attention`: a linear with attention between it and its neighbouring linears. From its result forwards, or
   from its input backwards, through anything but another constant matrix's product, one comes to an
-  Attention or RotaryEmbedding operator, or to a Softmax whose result is multiplied by a computed matrix. The
-  softmax of a router is none: what it multiplies is no matrix product's left side.
+  Attention or RotaryEmbedding operator, or to a product of what a Softmax gives with a computed matrix. What
+  a router's softmax gives is no left side of such a product.
 - `mlp`: every other linear: gate, up and down, and what else stands between.
 
 A name only helps where the graph shows nothing: an `mlp` named after `attn` or `attention` (a linear
@@ -267,7 +267,7 @@ def _reaches(start: ir.Node, steps: Callable[[ir.Node], Iterable[ir.Node]]) -> b
     seen, todo = {start}, [start]
     while todo:
         for node in steps(todo.pop()):
-            if node.op_type in _ATTENTION or (node.op_type == "Softmax" and _weighs_values(node)):
+            if node.op_type in _ATTENTION or _weighs(node):
                 return True
             if node not in seen and not is_linear(node):
                 seen.add(node)
@@ -293,14 +293,17 @@ def _is_stored(value: ir.Value | None) -> bool:
     return tensor is not None and len(tensor.shape) > 1
 
 
-def _weighs_values(softmax: ir.Node) -> bool:
-    """Whether the result is the left side of a product with a computed matrix, as attention's weights are."""
-    todo, seen = [softmax], {softmax}
+def _weighs(node: ir.Node) -> bool:
+    """Whether a node multiplies a computed matrix by what comes from a Softmax: the values of attention."""
+    if node.op_type != "MatMul" or is_linear(node):
+        return False
+    todo, seen = [node.inputs[0]], set()
     while todo:
-        for node, at in todo.pop().outputs[0].uses():
-            if node.op_type == "MatMul" and at == 0 and not is_linear(node):
-                return True
-            if node.op_type in _TO_PROBABILITIES and node not in seen:
-                seen.add(node)
-                todo.append(node)
+        before = todo.pop().producer()
+        if before is None or before in seen:
+            continue
+        if before.op_type == "Softmax":
+            return True
+        seen.add(before)
+        todo += [v for v in before.inputs if v is not None and before.op_type in _TO_PROBABILITIES]
     return False
