@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from porter.formats.elements import FLOATS, INTEGERS, Float
 from porter.formats.integers import Integer
 from porter.lower.kernels.define import Expr, T, f32, tirx
@@ -172,7 +174,8 @@ def encode_float(form: Float, x: Expr) -> Expr:
     sign = (bits >> _const(31, "uint32")) << _const(7, "uint32")
     if form.special == "fnuz":
         sign = tirx.Select(code == _const(0, "uint32"), code, sign)
-    nan = int(form.encode(float("nan"))) & (0xFF if form.special == "fnuz" else 0x7F)
+    nan = int(form.encode(np.float32("nan"))) & (0xFF if form.special == "fnuz" else 0x7F)
     sign_of_nan = _const(0, "uint32") if form.special == "fnuz" else sign
-    code = tirx.Select(x == x, code | sign, sign_of_nan | _const(nan, "uint32"))  # noqa: PLR0124
+    is_nan = (bits & _const(0x7FFFFFFF, "uint32")) > _const(0x7F800000, "uint32")  # TVM takes x == x as true
+    code = tirx.Select(is_nan, sign_of_nan | _const(nan, "uint32"), code | sign)
     return tirx.Cast("uint8", code)
