@@ -52,7 +52,8 @@ def kernels(run: object) -> list[str]:
     return [v.name_hint for v in run.planned.module.get_global_vars()]
 
 
-STATIC = """g (float[b,50] x, float xs, uint8 xz, %s[50,37] q, float%s ws, %s%s wz, int32[37] bias, float bs) => (float y) {
+STATIC = """g (float[b,50] x, float xs, uint8 xz, %s[50,37] q, float%s ws, %s%s wz, int32[37] bias,
+  float bs) => (float y) {
   c = QuantizeLinear(x, xs, xz) d = DequantizeLinear(c, xs, xz)
   w = DequantizeLinear<axis=1>(q, ws, wz) p = MatMul(d, w)
   bf = DequantizeLinear(bias, bs) y = Add(p, bf) }"""
