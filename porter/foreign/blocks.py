@@ -198,7 +198,7 @@ def _matmul_nbits(edit: Editor) -> None:
 def _gather_block_quantized(edit: Editor) -> None:
     data, indices, scale, zero = edit.inputs(4)
     tensor = edit.constant(data, "its table")
-    rank = len(data.shape) if data.shape is not None else len(tensor.shape)
+    rank = len(edit.constant(scale, "its scales").shape)  # the table's own, which a Reshape may have made
     axis, blocked = int(edit.attribute("gather_axis", 0)), int(edit.attribute("quantize_axis", 1))
     if rank != 2 or axis % rank or blocked % rank != 1:
         raise edit.refusal("anything but rows of a matrix whose blocks run along them")
@@ -206,7 +206,7 @@ def _gather_block_quantized(edit: Editor) -> None:
     if not packed and tensor.dtype not in (ir.DataType.INT4, ir.DataType.UINT4):
         raise edit.refusal(f"codes of type {tensor.dtype.name.lower()}")
     bits = int(edit.attribute("bits", 4)) if packed else 4
-    rows, width = _table_size(edit, data, tensor, scale)
+    rows, width = _table_size(edit, tensor, scale)
     columns = width * (8 // bits) if packed else width
     stored = Stored(
         Blocks(tensor, bits, rows, columns),
@@ -220,9 +220,7 @@ def _gather_block_quantized(edit: Editor) -> None:
     edit.replace(edit.op("Gather", dequantized(edit, stored), indices))
 
 
-def _table_size(
-    edit: Editor, data: ir.Value, tensor: ir.TensorProtocol, scale: ir.Value
-) -> tuple[int, int]:
+def _table_size(edit: Editor, tensor: ir.TensorProtocol, scale: ir.Value) -> tuple[int, int]:
     """Rows and elements a row of the table, which a Reshape may have made of a matrix of blocks."""
     rows = int(edit.constant(scale, "its scales").shape[0])
     if not rows or tensor.size % rows:
