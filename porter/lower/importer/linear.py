@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from porter.lower.importer.broadcast import agreed, broadcast_dims, broadcastabl
 from porter.lower.importer.constants import arrays, layout_of
 from porter.lower.importer.precision import cast, in_float32
 from porter.lower.importer.program import Importer
+from porter.lower.importer.quantized import expand
 from porter.lower.importer.values import Ints, Picked, Quantized, Value, Weight
 from porter.lower.kernels import matmul as kernels
+from porter.lower.kernels.codecs import CODECS
 from porter.lower.kernels.layout import Layout
 from porter.lower.kernels.products import Activation, fits, products
 
@@ -96,7 +99,8 @@ def _coded(imp: Importer, a: Value, layout: Layout, count: Any) -> tuple[Activat
         return None
     dims = imp.shape(a)
     block = layout.k if a.axis == -1 else min(a.block, layout.k)
-    spec = Activation(a.codec, block or layout.k, a.zeros is not None)
+    integer = CODECS[a.codec].integer is not None
+    spec = Activation(a.codec if integer else "fp32", block or layout.k, a.zeros is not None)
     if (a.axis != -1 and (not a.block or a.axis != len(dims) - 1)) or not fits(layout, spec):
         return None
     groups = -(-layout.k // spec.group)
@@ -107,7 +111,9 @@ def _coded(imp: Importer, a: Value, layout: Layout, count: Any) -> tuple[Activat
             return flattened(imp, tensor, [count, groups])
         return imp.emit(op.broadcast_to(flattened(imp, tensor, [1, 1]), [imp.dim(count), imp.dim(1)]))
 
-    codes = agreed(imp, a.codes, [*dims[:-1], layout.k])
+    # 8-bit floats are widened once, not for every column that they meet; their products stay exact.
+    codes = a.codes if integer else expand(imp, replace(a, scales=None, zeros=None))
+    codes = agreed(imp, codes, [*dims[:-1], layout.k])
     arguments = [flattened(imp, codes, [count, layout.k]), per_row(a.scales, "float32")]
     return spec, arguments if a.zeros is None else [*arguments, per_row(a.zeros, "int32")]
 

@@ -99,7 +99,9 @@ def expand(imp: Importer, value: Quantized) -> relax.Expr:
             if value.raw:
                 return tirx.Cast("int8", code)
             if value.zeros is not None:
-                code = code - tirx.Cast("float32", given[1](*_scale_index(value, index, given[1])))
+                code = code - tirx.Cast("float32", given[-1](*_scale_index(value, index, given[-1])))
+            if value.scales is None:
+                return code
             return code * tirx.Cast("float32", given[0](*_scale_index(value, index, given[0])))
 
         return te.compute([*q.shape[:-1], q.shape[-1] * unit] if unit > 1 else q.shape, element)

@@ -77,10 +77,10 @@ class Quantized:
     Stands for (element - zero) * 2^-shift * scale, a DequantizeLinear not yet computed; without scales, for
     the elements as float32 (a Cast not yet computed), or if `raw` for the codes themselves.
 
-    `codec` names a porter.lower.kernels codec. `axis` is -1 for one scale per tensor; else `block` codes along
-    `axis` share a scale (0: one scale per index of `axis`), and a zero point. `shifts` holds a bit for `micro`
-    codes of the last axis. `length`: the codes are packed in bytes along the last axis, so many in a row.
-    `factor`: all elements are multiplied by it. `repeat`: row i is repeated `repeat[0]` times, up to
+    `codec` names a porter.lower.kernels codec. `axis` is -1 for one scale per tensor; else `block` codes
+    along `axis` share a scale (0: one scale per index of `axis`), and a zero point. `shifts` holds a bit for
+    `micro` codes of the last axis. `length`: the codes are packed in bytes along the last axis, so many in a
+    row. `factor`: all elements are multiplied by it. `repeat`: row i is repeated `repeat[0]` times, up to
     `repeat[1]` rows. `transposed` swaps the last two axes of what it stands for. Constants are made of
     Weights alone.
     """

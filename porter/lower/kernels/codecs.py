@@ -74,11 +74,14 @@ def _field(words: Words, which: Which, bits: int, dtype: str) -> Expr:
 
 
 def _float(form: Float) -> Codec:
-    assert form.signed and form.exponent <= 5, form.name
+    assert form.signed
+    assert form.exponent <= 5
     magnitude_bits, up = form.exponent + form.mantissa, 10 - form.mantissa
 
     def decode(words: Words, which: Which) -> Expr:
         code = _field(words, which, form.bits, "uint16")
+        if form.name == "e5m2":  # the upper byte of a float16, infinities and NaN included
+            return tirx.Cast("float32", T.reinterpret("float16", code << _const(8, "uint16")))
         magnitude = code & _const((1 << magnitude_bits) - 1, "uint16")
         sign = (code >> _const(magnitude_bits, "uint16")) << _const(15, "uint16")
         wide = tirx.Cast("float32", T.reinterpret("float16", sign | (magnitude << _const(up, "uint16"))))
@@ -127,9 +130,14 @@ def _decode_halving(words: Words, which: Which) -> Expr:
 
 def _integer(form: Integer) -> Codec:
     def integer(words: Words, which: Which) -> Expr:
-        code = _field(words, which, form.bits, "int32")
+        if not form.signed:
+            return _field(words, which, form.bits, "int32")
         down = _const(32 - form.bits)
-        return (code << down) >> down if form.signed else code  # the arithmetic shift brings the sign down
+        if 8 % form.bits == 0:  # its top bit goes to the top in one shift
+            at = _const(form.bits) * which if isinstance(which, Expr) else _const(form.bits * which)
+            return (tirx.Cast("int32", words(0)) << (down - at)) >> down
+        # the arithmetic shift brings the sign down
+        return (_field(words, which, form.bits, "int32") << down) >> down
 
     return _counted(form.name, "uint8", form.bits, integer)
 

@@ -1,13 +1,14 @@
 """Layout: how kernels keep a constant matrix W [n, k], or a stack of them, packed.
 
-W is cut into blocks of LANES rows; block, word along k, lane is the order of what is stored, so SIMD lanes are
-output columns, the activation is a broadcast and the weight stream is sequential. n is padded with zero codes.
-Along k every group of codes that share a scale begins at a whole word: one of 33 codes of 4 bits takes 17
-bytes. Scales, zero points and micro-exponents are kept as they were stored and decoded in registers as well.
+W is cut into blocks of LANES rows; block, word along k, lane is the order of what is stored, so SIMD lanes
+are output columns, the activation is a broadcast and the weight stream is sequential. n is padded with zero
+codes. Along k every group of codes that share a scale begins at a whole word: one of 33 codes of 4 bits takes
+17 bytes. Scales, zero points and micro-exponents are kept as they were stored and decoded in registers too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -48,6 +49,12 @@ class Layout:
     def codec(self) -> Codec:
         """The element codec."""
         return CODECS[self.codec_name]
+
+    @property
+    def unit(self) -> int:
+        """Codes that a kernel unrolls: whole words, and a whole byte of micro-exponents where groups allow."""
+        byte = math.lcm(8 * self.micro, self.codec.unit)
+        return byte if self.micro and self.group % byte == 0 else self.codec.unit
 
     @property
     def blocks(self) -> int:

@@ -89,7 +89,7 @@ def each_unit(
     """For every group, `start(group)`, then for each of its units `emit(group, unit, codes, started)`."""
     for first, groups, codes in layout.spans():
         with loop(groups) as i:
-            group, unit = i + i64(first), layout.codec.unit
+            group, unit = i + i64(first), layout.unit
             started = start(group)
             if codes // unit:
                 with loop(codes // unit) as number:

@@ -96,7 +96,7 @@ class _Tile:
     def _sum(
         self, part: tirx.Buffer, kind: str, block: Expr, group: Expr, codes: int, row: Expr, rows: int
     ) -> None:
-        reader, unit = self.reader, self.reader.layout.codec.unit
+        reader, unit = self.reader, self.reader.layout.unit
         zero = local(LANES, kind) if reader.layout.zero else None
         if zero is not None:
             with loop(LANES, "vectorized") as v:

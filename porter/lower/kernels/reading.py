@@ -44,7 +44,8 @@ class Reader:
         self, block: Expr, group: Expr, unit: Expr, which: int, lane: Expr, decode: Callable[..., Expr]
     ) -> Expr:
         layout, codec, codes = self.layout, self.layout.codec, self._buffer("w")
-        start = group * i64(codec.words(layout.group or layout.k)) + unit * i64(codec.words(codec.unit))
+        start = group * i64(codec.words(layout.group or layout.k)) + unit * i64(codec.words(layout.unit))
+        start, which = start + i64(which // codec.unit * codec.words(codec.unit)), which % codec.unit
         return decode(lambda i: codes[self._block(block), start + i64(i), lane], which)
 
     def _shift(self, block: Expr, group: Expr, unit: Expr, which: int, lane: Expr) -> Expr:
@@ -55,7 +56,7 @@ class Reader:
 
     def k(self, group: Expr, unit: Expr, which: int) -> Expr:
         """Where that code stands along k."""
-        return group * i64(self.layout.group) + unit * i64(self.layout.codec.unit) + i64(which)
+        return group * i64(self.layout.group) + unit * i64(self.layout.unit) + i64(which)
 
     def zero(self, block: Expr, group: Expr, lane: Expr, *, exact: bool = False) -> Expr:
         """A zero point, in float32, or int32 if `exact`."""
