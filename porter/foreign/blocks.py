@@ -14,7 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from porter.foreign.editor import Editor
+from porter.weights import functions
 
+FLOAT = ir.DataType.FLOAT
 TYPES = {
     2: (ir.DataType.INT2, ir.DataType.UINT2),
     4: (ir.DataType.INT4, ir.DataType.UINT4),
@@ -132,8 +134,17 @@ def _zero_codes(edit: Editor, stored: Stored, groups: int) -> np.ndarray | ir.Va
 
 
 def _shifted(edit: Editor, stored: Stored, scale: ir.Value, zero: ir.Value) -> ir.Value:
-    """(code - zero) * scale for float zero points: code * scale - zero * scale would round twice."""
-    raise edit.refusal("zero points that are no integers")
+    """(code - zero) * scale for zero points that are no integers, by porter's own functions in float32."""
+    if stored.blocks.bits == 2:
+        _raise_opset(edit.model)
+    for name in ("SubtractBlocks", "ScaleBlocks"):
+        functions.add(edit.model, name)
+    codes = edit.weight(f"{stored.name}.codes", stored.blocks.stored(signed=stored.signed, flip=False))
+    y, kind = edit.op("Cast", codes, to=FLOAT), edit.constant(scale, "its scales").dtype
+    for name, value in (("SubtractBlocks", zero), ("ScaleBlocks", scale)):
+        wide = value if value.const_value.dtype == FLOAT else edit.op("Cast", value, to=FLOAT)
+        y = edit.op(name, y, wide, domain=functions.DOMAIN, block=stored.block)
+    return y if kind == FLOAT else edit.op("Cast", y, to=kind)
 
 
 def _matrix(edit: Editor, value: ir.Value, shape: tuple[int, int], what: str) -> ir.Value:
@@ -156,8 +167,9 @@ def _matrix(edit: Editor, value: ir.Value, shape: tuple[int, int], what: str) ->
 
 
 def _raise_opset(model: ir.Model) -> None:
-    """2-bit integers are younger than the opset that all else is written in."""
-    model.opset_imports[""] = max(model.opset_imports.get("", 0), TWO_BIT_OPSET)
+    """2-bit integers are younger than the opset that all else is written in; functions keep step."""
+    for owner in (model, *model.functions.values()):
+        owner.opset_imports[""] = max(owner.opset_imports.get("", 0), TWO_BIT_OPSET)
     model.ir_version = max(model.ir_version, TWO_BIT_IR)
 
 

@@ -147,6 +147,34 @@ def test_matmul_n_bits(bits, rows, columns, block, zeros):
     assert tuple(node.inputs[0].shape) == (rows, columns)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("rows", "columns", "block"), [(5, 64, 32), (7, 48, 32), (3, 17, 16)])
+def test_matmul_n_bits_with_zero_points_between_the_integers(bits, rows, columns, block):
+    x, weights = noise(3, columns), n_bits(bits, rows, columns, block, "float")
+    shape = {"K": columns, "N": rows, "bits": bits, "block_size": block}
+    node = helper.make_node("MatMulNBits", ["x", *weights], ["y"], "node", domain="com.microsoft", **shape)
+    model = model_of([node], {"x": x}, weights, {"y": TensorProto.FLOAT})
+    if bits == 8:  # ONNX Runtime has no kernel for these
+        codes = weights["b"].reshape(rows, -1).astype(np.float64)
+        zero, scale = (np.repeat(weights[n].astype(np.float64), block, 1) for n in "zs")
+        wanted = {"y": (x.astype(np.float64) @ ((codes - zero) * scale)[:, :columns].T).astype(np.float32)}
+    else:
+        wanted = run(model, {"x": x})
+    assert find("clean.contrib")().run(model, Context()) == 1
+    onnx.checker.check_model(ir.to_proto(model))
+    close(run(model, {"x": x}), wanted, columns, float(np.abs(x).sum(-1).max()) * 2**bits * 1.1)
+    assert [n.op_type for n in model.graph if n.domain == "porter"] == ["SubtractBlocks", "ScaleBlocks"]
+
+
+def test_matmul_n_bits_in_half_precision():
+    x, weights = noise(2, 40).astype(np.float16), n_bits(4, 6, 40, 16, "packed")
+    weights["s"] = weights["s"].astype(np.float16)
+    shape = {"K": 40, "N": 6, "bits": 4, "block_size": 16}
+    outputs = {"y": TensorProto.FLOAT16}
+    wanted, found, _ = compared("MatMulNBits", {"x": x}, weights, outputs=outputs, **shape)
+    close(found, wanted, 40, float(np.abs(x).astype(np.float32).sum(-1).max()) * 17)
+
+
 def test_matmul_n_bits_has_a_bias():
     x, weights = noise(2, 40), {**n_bits(4, 6, 40, 16, "packed"), "bias": noise(6, seed=1)}
     inputs = ["x", "b", "s", "z", "", "bias"]
