@@ -58,7 +58,9 @@ def check(source: ir.Model, folder: Path, terms: int, batch: int = 1) -> ir.Mode
     wanted = logits(ReferenceRunner(path), graph.load(path), batch)
     model = ported(path)
     assert all(node.domain in ("", "porter") for node in model.graph)
-    for name, runner in (("passes", ReferenceRunner(model)), ("lowered", lowered(model, folder / "lib"))):
+    runners = {"passes": ReferenceRunner(model), "lowered": lowered(model, folder / "lib")}
+    assert runners["passes"].engine == "onnxruntime"
+    for name, runner in runners.items():
         found = logits(runner, model, batch)
         assert np.abs(found - wanted).max() <= terms * 2.0**-24 * np.abs(wanted).max(), name
     return model
@@ -71,6 +73,8 @@ GENAI = {
     "separate projections": {"packed": False},
     "rotation outside": {"rotary": "outside"},
     "8 bits": {"bits": 8},
+    "2 bits": {"bits": 2},
+    "2 bits, zero points": {"bits": 2, "zeros": True},
     "float": {"bits": 0},
     "zero points": {"zeros": True},
     "tied": {"tied": True},
