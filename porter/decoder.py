@@ -29,9 +29,9 @@ class Decoder:
 
     `cache` is `none` (an encoder, or no cache), `concat` (present is past with the new tokens at its end) or
     `static` (past is a preallocated buffer of `capacity` tokens, written in place; the input `lengths`, int64
-    [batch], says how many of its tokens are valid). Models with GroupQueryAttention may say that by their mask,
-    or by `last`, the number of valid tokens of each row with the new ones but less one, and `total`, the number
-    of tokens of the longest row. `output` is the logits [batch, sequence, vocabulary], or
+    [batch], says how many of its tokens are valid). Models with GroupQueryAttention may say that by their
+    mask, or by `last`, the number of valid tokens of each row with the new ones but less one, and `total`,
+    the number of tokens of the longest row. `output` is the logits [batch, sequence, vocabulary], or
     an encoder's hidden states. `others` are inputs porter has no meaning for. `context` is the most tokens
     the model was made for, 0 when the model does not say; `eos` are the tokens that end a text.
     """
@@ -187,8 +187,14 @@ def _is_told(model: ir.Model, roles: Mapping[str, str]) -> bool:
     return grouped and bool(roles.get("last") or roles.get("mask"))
 
 
-_LINKS = {("Concat", 0): 0, ("TensorScatter", 0): 0, ("Attention", 4): 1, ("Attention", 5): 2,
-          (_GROUPED, 3): 1, (_GROUPED, 4): 2}
+_LINKS = {
+    ("Concat", 0): 0,
+    ("TensorScatter", 0): 0,
+    ("Attention", 4): 1,
+    ("Attention", 5): 2,
+    (_GROUPED, 3): 1,
+    (_GROUPED, 4): 2,
+}
 
 
 def _linked_caches(candidates: list[ir.Value], outputs: Mapping[str, ir.Value]) -> list[CacheTensor]:
@@ -232,10 +238,8 @@ def _unlike(past: ir.Value, present: ir.Value) -> bool:
     return past.dtype != present.dtype or any(a != b for a, b in sizes if None not in (a, b))
 
 
-def _capacity(
-    inputs: Mapping[str, ir.Value], caches: list[CacheTensor], lengths: str, *, told: bool
-) -> int:
-    """The number of tokens that the caches hold, 0 when they grow; `told`: by more than an input `lengths`."""
+def _capacity(inputs: Mapping[str, ir.Value], caches: list[CacheTensor], lengths: str, *, told: bool) -> int:
+    """The number of tokens that the caches hold, 0 when they grow; `told`: by other inputs than `lengths`."""
     sizes = {_axis(inputs[c.past], 2) for c in caches}
     fixed = {s for s in sizes if isinstance(s, int)}
     if caches and bool(fixed) != bool(lengths or (fixed and told)):

@@ -1,20 +1,22 @@
 """Write what other tools' quantizers and optimizers leave in standard operators.
 
-    MatMulNBits(x, codes, scales[, zeros])   -> MatMul(x, Transpose(DequantizeLinear<block_size>(codes', scales)))
+    MatMulNBits(x, codes, scales[, zeros])
+        -> MatMul(x, Transpose(DequantizeLinear<block_size>(codes', scales[, zeros'])))
     GatherBlockQuantized(codes, ids, scales) -> Gather(DequantizeLinear<block_size>(codes', scales), ids)
     GroupQueryAttention<do_rotary>(q, k, v, past_k, past_v, seqlens_k, total, cos, sin)
         -> Attention<is_causal=1>(RotaryEmbedding(q'), RotaryEmbedding(k'), v', , past_k, past_v)
     SkipSimplifiedLayerNormalization(x, skip, w)  -> RMSNormalization(Add(x, skip), w)
-    DynamicQuantizeLinear(x)                 -> QuantizeLinear(x, scale, zero), both computed from min and max
-    MatMulInteger(a, b, za, zb)              -> Cast<int32>(MatMul(DequantizeLinear(a, 1, za), DequantizeLinear(b, 1, zb)))
+    DynamicQuantizeLinear(x)                 -> QuantizeLinear(x, scale, zero), of min(x) and max(x)
+    MatMulInteger(a, b, za, zb)
+        -> Cast<int32>(MatMul(DequantizeLinear(a, 1, za), DequantizeLinear(b, 1, zb)))
 
 and so on for each operator in `porter.foreign.table`, where the algebra of each stands beside it. Codes are
 laid out anew when somebody reads them. What a kernel does inside (`accuracy_level=4` rounds activations to
 int8) is not in the model and is left out: the result is what the stored weights mean. A kernel sums in its own
 order, and so do the standard operators.
 
-Where a growing cache's `seqlens_k` says that all rows are full, as everything that porter feeds says, no mask
-is left; inputs that nothing else reads (`attention_mask`, `seqlens_k`) go.
+Where a growing cache's `seqlens_k` says that all rows are full, as everything that porter feeds says, no
+mask is left; inputs that nothing else reads (`attention_mask`, `seqlens_k`) go.
 """
 
 from __future__ import annotations

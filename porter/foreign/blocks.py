@@ -35,7 +35,7 @@ TWO_BIT_OPSET, TWO_BIT_IR = 25, 13  # the first that have 2-bit integers
 
 
 def unpacked(rows: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """uint8 [N, bytes] -> uint8 [N, columns]: the codes of each row, those in the low bits of a byte first."""
+    """uint8 [N, bytes] -> uint8 [N, columns]: the codes of each row, a byte's low bits first."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (rows[..., None] >> shifts) & np.uint8(2**bits - 1)
     return codes.reshape(*rows.shape[:-1], -1)[..., :columns]
@@ -269,7 +269,9 @@ def _matmul_bnb4(edit: Editor) -> None:
         packed = codes.numpy().reshape(-1)
         pairs = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[: rows * columns]  # the high half first
         scales = np.repeat(scale.numpy().reshape(-1), block)[: rows * columns]
-        return ir.Tensor((table.astype(scales.dtype)[pairs] * scales).reshape(rows, columns), dtype=scale.dtype)
+        return ir.Tensor(
+            (table.astype(scales.dtype)[pairs] * scales).reshape(rows, columns), dtype=scale.dtype
+        )
 
     lazy = ir.LazyTensor(compute, dtype=scale.dtype, shape=ir.Shape([rows, columns]))
     key = ("bnb4", id(codes), id(scale))

@@ -57,7 +57,9 @@ def _is_cast_to_float(node: ir.Node) -> bool:
     return node.op_type == "Cast" and not node.domain and node.attributes["to"].value == FLOAT
 
 
-def _codes(edit: Editor, x: ir.Value, zero: ir.Value | None, axis: int, scale: ir.Value | None = None) -> ir.Value:
+def _codes(
+    edit: Editor, x: ir.Value, zero: ir.Value | None, axis: int, scale: ir.Value | None = None
+) -> ir.Value:
     """(code - zero) * scale as float32, by a DequantizeLinear; the scale is 1 by default.
 
     A zero point (or scale) of more than one element has one for each index of `axis`.
@@ -77,7 +79,9 @@ def _codes(edit: Editor, x: ir.Value, zero: ir.Value | None, axis: int, scale: i
 
 
 def _vector(edit: Editor, value: ir.Value, count: int) -> ir.Value:
-    return value if _count(edit, value) == count else edit.op("Expand", _scalar(edit, value), edit.ints(count))
+    return (
+        value if _count(edit, value) == count else edit.op("Expand", _scalar(edit, value), edit.ints(count))
+    )
 
 
 def _count(edit: Editor, value: ir.Value) -> int:
@@ -111,7 +115,9 @@ def _matmul_integer_to_float(edit: Editor) -> None:
 def _dynamic_quantize_matmul(edit: Editor) -> None:
     x, b, b_scale, b_zero, bias = edit.inputs(5)
     codes, scale, zero = quantized_dynamically(edit, x)
-    y = edit.op("MatMul", edit.op("DequantizeLinear", codes, scale, zero), _codes(edit, b, b_zero, -1, b_scale))
+    y = edit.op(
+        "MatMul", edit.op("DequantizeLinear", codes, scale, zero), _codes(edit, b, b_zero, -1, b_scale)
+    )
     edit.replace(y if bias is None else edit.op("Add", y, bias))
 
 
@@ -119,7 +125,9 @@ def _qlinear_matmul(edit: Editor) -> None:
     """Codes times codes to codes."""
     a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero = edit.inputs(8)
     x, w = _codes(edit, a, a_zero, -2, a_scale), _codes(edit, b, b_zero, -1, b_scale)
-    edit.replace(edit.op("QuantizeLinear", edit.op("MatMul", x, w), _scalar(edit, y_scale), _scalar(edit, y_zero)))
+    edit.replace(
+        edit.op("QuantizeLinear", edit.op("MatMul", x, w), _scalar(edit, y_scale), _scalar(edit, y_zero))
+    )
 
 
 TABLE: dict[str, Callable[[Editor], None]] = {

@@ -1,4 +1,4 @@
-"""Norms, activations and products that com.microsoft fuses with what stands beside them, taken apart again."""
+"""Norms, activations and products that com.microsoft fuses with what stands beside them, taken apart."""
 
 from __future__ import annotations
 

@@ -51,11 +51,15 @@ class Builder:
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.size.seed)
 
-    def op(self, kind: str, *inputs: str, domain: str = "", outputs: int | list[str] = 1, **attributes: object):
+    def op(
+        self, kind: str, *inputs: str, domain: str = "", outputs: int | list[str] = 1, **attributes: object
+    ):
         """The name of the result, or a list of names."""
         number = len(self.nodes)
         names = outputs if isinstance(outputs, list) else [f"{kind}_{number}_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(kind, inputs, names, f"{kind}_{number}", domain=domain, **attributes))
+        self.nodes.append(
+            helper.make_node(kind, inputs, names, f"{kind}_{number}", domain=domain, **attributes)
+        )
         return names if len(names) > 1 else names[0]
 
     def weight(self, name: str, array: np.ndarray) -> str:
@@ -143,7 +147,9 @@ def _interface(b: Builder) -> tuple[list[onnx.ValueInfoProto], list[str]]:
         one = b.weight("/model/constants/INT64/[1]", np.array([1], np.int64))
         total = b.op("ReduceSum", "attention_mask", one)
         last = b.op("Sub", total, one)
-        length = b.op("Gather", b.op("Shape", "attention_mask"), b.weight("one", np.array(1, np.int64)), axis=0)
+        length = b.op(
+            "Gather", b.op("Shape", "attention_mask"), b.weight("one", np.array(1, np.int64)), axis=0
+        )
         counts = [b.op("Cast", c, to=TensorProto.INT32) for c in (last, length)]
     if size.rotary == "outside":
         inputs.append(_info("position_ids", TensorProto.INT64, ["batch_size", "sequence_length"]))
@@ -183,16 +189,16 @@ def _layer(b: Builder, index: int, x: str, norm: str, counts: list[str]) -> tupl
     inner = b.op("Mul", b.op("Mul", gate, b.op("Sigmoid", gate)), up)
     down = b.linear(inner, f"{name}.mlp.down_proj", size.hidden, size.ffn)
     last = index + 1 == size.layers
-    return _skipped(b, x, down, "model.norm.weight" if last else f"model.layers.{index + 1}.input_layernorm.weight")
+    return _skipped(
+        b, x, down, "model.norm.weight" if last else f"model.layers.{index + 1}.input_layernorm.weight"
+    )
 
 
 def _skipped(b: Builder, x: str, y: str, name: str) -> tuple[str, str]:
     scale = b.noise(name, b.size.hidden, scale=1.0)
     number = len(b.nodes)
     outputs = [f"norm_{number}", "", "", f"sum_{number}"]
-    b.op(
-        "SkipSimplifiedLayerNormalization", x, y, scale, domain=MICROSOFT, outputs=outputs, epsilon=1e-5
-    )
+    b.op("SkipSimplifiedLayerNormalization", x, y, scale, domain=MICROSOFT, outputs=outputs, epsilon=1e-5)
     return outputs[3], outputs[0]
 
 
