@@ -84,21 +84,25 @@ def _grid(value: Quantized) -> tuple[int, int] | None:
     """How many rows of a matrix as it is seen, and codes of a row, share a scale (0: all of them)."""
     shape = shape_of_codes(value)
     n_axis, k_axis = len(shape) - 2, len(shape) - 1
-    repeat = value.scales.repeat if isinstance(value.scales, Quantized) else None
     if value.transposed:
         n_axis, k_axis = k_axis, n_axis
     if value.axis == -1:
         return 0, 0
     if not value.block:
         return {n_axis: (1, 0), k_axis: (0, 1)}.get(value.axis, (0, 0))
-    if repeat:
-        same = not isinstance(value.zeros, Weight) and (value.zeros is None or value.zeros.repeat == repeat)
-        fits = value.axis == k_axis and not value.transposed and same
-        return (repeat[0], min(value.block, shape[-1])) if fits else None
-    if isinstance(value.zeros, Quantized) and value.zeros.repeat:
-        return None
+    repeats = {_repeat(v) for v in (value.scales, value.zeros) if v is not None}
     block = min(value.block, shape[value.axis])
-    return {k_axis: (1, block), n_axis: (block, 1)}.get(value.axis)
+    if repeats == {0}:
+        return {k_axis: (1, block), n_axis: (block, 1)}.get(value.axis)
+    if value.axis != k_axis or value.transposed:
+        return None
+    rows = repeats.pop() if len(repeats) == 1 else 1
+    return (0 if rows >= shape[n_axis] else rows), block
+
+
+def _repeat(value: Weight | Quantized) -> int:
+    """How many rows a row of scales or zero points is repeated for; 0 where it is not."""
+    return value.repeat[0] if isinstance(value, Quantized) and value.repeat else 0
 
 
 def _codec(value: Weight | Quantized) -> str:
@@ -137,8 +141,8 @@ def _per_group(value: Quantized, layout: Layout, given: Weight | Quantized) -> n
         array = _as_seen(value, array)
     else:
         array = _as_seen(value, array.reshape(layout.stack, *array.shape[-2:]))
-    rows, _ = _grid(value) or (1, 0)
-    if layout.rows == 1 and rows != 1:
+    rows = _repeat(given) or (_grid(value) or (1, 0))[0]
+    if layout.rows == 1 and array.shape[1] != layout.n:
         array = np.repeat(array, rows or layout.n, axis=1)[:, : layout.n]
     return np.broadcast_to(array, (layout.stack, *array.shape[1:]))
 
