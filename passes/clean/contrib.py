@@ -6,9 +6,8 @@
     GroupQueryAttention<do_rotary>(q, k, v, past_k, past_v, seqlens_k, total, cos, sin)
         -> Attention<is_causal=1>(RotaryEmbedding(q'), RotaryEmbedding(k'), v', , past_k, past_v)
     SkipSimplifiedLayerNormalization(x, skip, w)  -> RMSNormalization(Add(x, skip), w)
-    DynamicQuantizeLinear(x)                 -> QuantizeLinear(x, scale, zero), of min(x) and max(x)
-    MatMulInteger(a, b, za, zb)
-        -> Cast<int32>(MatMul(DequantizeLinear(a, 1, za), DequantizeLinear(b, 1, zb)))
+    QLinearMatMul(a, sa, za, b, sb, zb, sy, zy)
+        -> QuantizeLinear(MatMul(DequantizeLinear(a, sa, za), DequantizeLinear(b, sb, zb)), sy, zy)
 
 and so on for each operator in `porter.foreign.table`, where the algebra of each stands beside it. Codes are
 laid out anew when somebody reads them. What a kernel does inside (`accuracy_level=4` rounds activations to
@@ -39,7 +38,7 @@ OPSET = 24  # the first with all that is written here
 
 @dataclass(frozen=True)
 class UnderstandContrib(Pass):
-    """Rewrite com.microsoft operators, and integer arithmetic, in standard ones."""
+    """Rewrite com.microsoft operators, and products of codes, in standard ones."""
 
     promise: ClassVar[Promise] = Promise.REORDERS
     after: ClassVar[tuple[str, ...]] = ("clean.opset",)

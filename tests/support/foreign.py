@@ -224,3 +224,47 @@ def _attention(b: Builder, name: str, index: int, norm: str, counts: list[str]) 
         rotary_interleaved=0, scale=size.head_size**-0.5, local_window_size=size.window,
     )  # fmt: skip
     return y
+
+
+def fused_encoder(hidden: int = 32, heads: int = 4, vocab: int = 61, layers: int = 2) -> ir.Model:
+    """An encoder as ONNX Runtime's transformer optimizer leaves it: inputs int32 input_ids, token_type_ids and
+    attention_mask [batch, sequence], output last_hidden_state."""
+    b = Builder(Size(hidden=hidden, heads=heads, vocab=vocab))
+    rows = [("word", vocab), ("position", 40), ("type", 2)]
+    tables = [b.noise(f"{name}_embeddings.weight", n, hidden, scale=1.0) for name, n in rows]
+    norm = [b.noise(f"embeddings.norm.{n}", hidden, scale=1.0) for n in ("weight", "bias")]
+    x = b.op(
+        "EmbedLayerNormalization", "input_ids", "token_type_ids", *tables, *norm, domain=MICROSOFT,
+        outputs=["embedded", "mask_index"], epsilon=1e-12,
+    )[0]  # fmt: skip
+    for i in range(layers):
+        x = _encoder_layer(b, f"layer.{i}", x, packed=i == 0)
+    b.op("Identity", x, outputs=["last_hidden_state"])
+    names = ("input_ids", "token_type_ids", "attention_mask")
+    inputs = [_info(n, TensorProto.INT32, ["batch", "sequence"]) for n in names]
+    made = [_info("last_hidden_state", TensorProto.FLOAT, ["batch", "sequence", hidden])]
+    graph = helper.make_graph(b.nodes, "encoder", inputs, made, list(b.weights.values()))
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
+    return ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=8))
+
+
+def _encoder_layer(b: Builder, name: str, x: str, *, packed: bool) -> str:
+    """Attention by one packed matrix, or by three; then the mlp."""
+    hidden, heads = b.size.hidden, b.size.heads
+    bias = b.noise(f"{name}.qkv.bias", 3 * hidden, scale=0.1)
+    if packed:
+        weight = b.noise(f"{name}.qkv.weight", hidden, 3 * hidden)
+        y = b.op("Attention", x, weight, bias, "attention_mask", domain=MICROSOFT, num_heads=heads)
+    else:
+        parts = [b.op("MatMul", x, b.noise(f"{name}.{p}.weight", hidden, hidden)) for p in "qkv"]
+        y = b.op("MultiHeadAttention", *parts, bias, "attention_mask", domain=MICROSOFT, num_heads=heads)
+    y = b.op("MatMul", y, b.noise(f"{name}.out.weight", hidden, hidden))
+    x = _skip_norm(b, f"{name}.attention", x, y)
+    inner = b.op("MatMul", x, b.noise(f"{name}.up.weight", hidden, 2 * hidden))
+    inner = b.op("BiasGelu", inner, b.noise(f"{name}.up.bias", 2 * hidden, scale=0.1), domain=MICROSOFT)
+    return _skip_norm(b, name, x, b.op("MatMul", inner, b.noise(f"{name}.down.weight", 2 * hidden, hidden)))
+
+
+def _skip_norm(b: Builder, name: str, x: str, y: str) -> str:
+    parts = [b.noise(f"{name}.{n}", b.size.hidden, scale=1.0) for n in ("norm.weight", "norm.bias", "bias")]
+    return b.op("SkipLayerNormalization", x, y, *parts, domain=MICROSOFT, epsilon=1e-12)

@@ -593,40 +593,6 @@ def test_quantizers_of_another_domain(kind):
     np.testing.assert_array_equal(found["y"], wanted["y"])
 
 
-@pytest.mark.parametrize(
-    "x",
-    [
-        noise(3, 7),
-        np.abs(noise(3, 7)),
-        -np.abs(noise(1, 1)),
-        np.zeros((2, 3), np.float32),
-        noise(2, 3, 4) * 1e-3,
-    ],
-    ids=["both signs", "positive", "one negative", "zeros", "small"],
-)
-def test_dynamic_quantization_is_the_same_bit_by_bit(x):
-    outputs = {"y": TensorProto.UINT8, "scale": TensorProto.FLOAT, "zero": TensorProto.UINT8}
-    wanted, found, _ = compared("DynamicQuantizeLinear", {"x": x}, outputs=outputs, domain="")
-    for name in outputs:
-        np.testing.assert_array_equal(found[name], wanted[name])
-
-
-@pytest.mark.parametrize("kind", [np.int8, np.uint8])
-@pytest.mark.parametrize("zeros", ["none", "one", "columns"])
-def test_matmul_integer_is_exact_while_sums_are_below_2_to_the_24(kind, zeros):
-    rng = np.random.default_rng(0)
-    low = -128 if kind is np.int8 else 0
-    weights = {"b": rng.integers(low, low + 256, (37, 5)).astype(kind)}  # 37 * 255 * 255 < 2^24
-    if zeros != "none":
-        weights["za"] = np.array(7, np.uint8)
-        count = () if zeros == "one" else (5,)
-        weights["zb"] = rng.integers(low, low + 256, count).astype(kind).reshape(count)
-    feeds = {"a": rng.integers(0, 256, (2, 3, 37), np.uint8)}
-    inputs = ["a", "b"] + ([] if zeros == "none" else ["za", "zb"])
-    wanted, found, _ = compared("MatMulInteger", feeds, weights, inputs, {"y": TensorProto.INT32}, domain="")
-    np.testing.assert_array_equal(found["y"], wanted["y"])
-
-
 @pytest.mark.parametrize("columns", [False, True])
 def test_dynamic_quantize_matmul(columns):
     rng = np.random.default_rng(0)
