@@ -11,8 +11,8 @@
 
 and so on for each operator in `porter.foreign.table`, where the algebra of each stands beside it. Codes are
 laid out anew when somebody reads them. What a kernel does inside (`accuracy_level=4` rounds activations to
-int8) is not in the model and is left out: the result is what the stored weights mean. A kernel sums in its own
-order, and so do the standard operators.
+int8) is not in the model and is left out: the result is what the stored weights mean. A kernel sums in its
+own order, and so do the standard operators.
 
 Where a growing cache's `seqlens_k` says that all rows are full, as everything that porter feeds says, no
 mask is left; inputs that nothing else reads (`attention_mask`, `seqlens_k`) go.
@@ -28,7 +28,7 @@ import onnx_ir as ir
 from porter.context import Context
 from porter.errors import PassError
 from porter.foreign.editor import Editor, Later
-from porter.foreign.table import rewriter
+from porter.foreign.table import CONTRIB, rewriter
 from porter.match import graphs, tidy
 from porter.pipeline import Pass, Promise
 from porter.symbolic.symbols import write_shapes
@@ -68,6 +68,8 @@ class UnderstandContrib(Pass):
                 raise PassError("PORT-0268", what, where=node.name or str(node.outputs[0].name), hint=hint)
             left = waiting
         _drop_inputs(model, read)
+        if not any(node.domain == CONTRIB for node in model.graph.all_nodes()):
+            model.opset_imports.pop(CONTRIB, None)
         return len(found)
 
 

@@ -227,8 +227,10 @@ def _attention(b: Builder, name: str, index: int, norm: str, counts: list[str]) 
 
 
 def fused_encoder(hidden: int = 32, heads: int = 4, vocab: int = 61, layers: int = 2) -> ir.Model:
-    """An encoder as ONNX Runtime's transformer optimizer leaves it: inputs int32 input_ids, token_type_ids and
-    attention_mask [batch, sequence], output last_hidden_state."""
+    """An encoder as ONNX Runtime's transformer optimizer leaves it: output last_hidden_state.
+
+    Its inputs are int32 input_ids, token_type_ids and attention_mask, [batch, sequence].
+    """
     b = Builder(Size(hidden=hidden, heads=heads, vocab=vocab))
     rows = [("word", vocab), ("position", 40), ("type", 2)]
     tables = [b.noise(f"{name}_embeddings.weight", n, hidden, scale=1.0) for name, n in rows]

@@ -237,6 +237,31 @@ def test_matmul_bnb4(kind, rows, columns):
     close(found, wanted, columns, float(np.abs(x).sum(-1).max()) * 1.1)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "block"), [(5, 64, 32), (3, 40, 16)])
+def test_matmul_of_blocks_of_8_bit_floats(rows, columns, block, scaled):
+    """ONNX Runtime has no such kernel for the CPU: the operator's own words are the oracle."""
+    rng, kind = np.random.default_rng(0), ml_dtypes.float8_e4m3fn
+    x, codes = noise(3, columns), noise(rows, columns, seed=1).astype(kind)
+    scale = (rng.random((rows, -(-columns // block))) + 0.5).astype(np.float32)
+    weights = {"b": codes, "s": scale} | ({"a": np.array(0.02, np.float32)} if scaled else {})
+    weights["bias"] = noise(rows, seed=2)
+    inputs = ["x", "b", "s", "a" if scaled else "", "bias"]
+    node = helper.make_node(
+        "MatMulBlockQuantizedFp8Weight", inputs, ["y"], "node", domain="com.microsoft", block_size=block
+    )
+    model = model_of([node], {"x": x}, weights, {"y": TensorProto.FLOAT})
+    assert find("clean.contrib")().run(model, Context()) == 1
+    fed = (
+        (x / weights["a"]).astype(kind).astype(np.float64) * weights["a"] if scaled else x.astype(np.float64)
+    )
+    w = codes.astype(np.float64) * np.repeat(scale.astype(np.float64), block, 1)[:, :columns]
+    wanted = (fed @ w.T + weights["bias"]).astype(np.float32)
+    close(
+        run(model, {"x": x}), {"y": wanted}, columns + 1, float(np.abs(fed).sum(-1).max()) * np.abs(w).max()
+    )
+
+
 # ------------------------------------------------------------------ attention
 
 HEADS, KV, SIZE, CONTEXT = 4, 2, 32, 32  # ONNX Runtime rotates multiples of 16
