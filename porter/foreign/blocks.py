@@ -69,13 +69,23 @@ class Blocks:
             return (array.astype(np.int8).view(np.uint8) & np.uint8(2**self.bits - 1)).reshape(self.rows, -1)
         return unpacked(array.view(np.uint8).reshape(self.rows, -1), self.bits, self.columns)
 
+    def _packed_alike(self) -> bool:
+        """Whether rows of whole bytes follow each other as ONNX packs codes, which are in the same order."""
+        packed = self.tensor.dtype == ir.DataType.UINT8
+        return packed and self.bits < 8 and not self.columns * self.bits % 8
+
     def stored(self, *, signed: bool, flip: bool) -> ir.LazyTensor:
         """Codes [N, K] of an ONNX type, computed whenever they are read; `flip` flips their top bits."""
         dtype = TYPES[self.bits][0 if signed else 1]
         shape = ir.Shape([self.rows, self.columns])
 
         def compute() -> ir.Tensor:
-            return typed(self.codes() ^ np.uint8(2 ** (self.bits - 1) if flip else 0), dtype)
+            top = np.uint8(2 ** (self.bits - 1) if flip else 0)
+            if not self._packed_alike():
+                return typed(self.codes() ^ top, dtype)
+            tops = np.uint8(sum(int(top) << at for at in range(0, 8, self.bits)))
+            rows = self.tensor.numpy().reshape(self.rows, -1)[:, : self.columns * self.bits // 8]
+            return ir.PackedTensor((rows ^ tops).reshape(-1), dtype, shape=shape)
 
         return ir.LazyTensor(compute, dtype=dtype, shape=shape)
 

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from porter.context import Context
 from porter.errors import PassError
+from porter.foreign.blocks import Blocks
 from porter.registry import find
 
 KINDS = {
@@ -694,3 +695,18 @@ def test_refusals_name_the_node():
     refused("PORT-0269", "MatMulNBits", {**x, "b": good["b"]}, {"s": good["s"]}, order, **shape)
     refused("PORT-0266", "MatMulNBits", x, good, order, **shape | {"bits": 3})
     refused("PORT-0266", "FusedMatMul", {"a": noise(2, 2), "b": noise(2, 2)}, {}, ["a", "b"], transBatchA=1)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 64), (3, 36), (3, 17), (1, 1)])
+def test_codes_are_laid_out_as_onnx_packs_them(bits, rows, columns):
+    """The array and the bytes of the new tensor hold each code, or the code less 2^(bits-1)."""
+    codes = np.random.default_rng(0).integers(0, 2**bits, (rows, -(-columns // 32) * 32), np.uint8)
+    blocks = Blocks(ir.Tensor(packed(codes, bits)), bits, rows, columns)
+    for signed in (False, True):
+        found = blocks.stored(signed=signed, flip=signed)
+        wanted = codes[:, :columns].astype(int) - (2 ** (bits - 1) if signed else 0)
+        np.testing.assert_array_equal(found.numpy().astype(int), wanted)
+        flat = (wanted & (2**bits - 1)).astype(np.uint8).reshape(-1)
+        assert found.tobytes() == packed(flat, bits).tobytes()
+        assert found.dtype.name == f"{'' if signed else 'U'}INT{bits}"
