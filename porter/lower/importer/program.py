@@ -79,7 +79,7 @@ class Importer:
         """Import the whole graph.
 
         Raises TargetError PORT-0410 for an operator without importer, PORT-0411 when one cannot be lowered,
-        PORT-0413 to PORT-0417, PORT-0419 and PORT-0420 for what the lowering does not take, ModelError
+        PORT-0413 to PORT-0416 and PORT-0419 to PORT-0421 for what the lowering does not take, ModelError
         PORT-0412.
         """
         if self.opset < OLDEST:

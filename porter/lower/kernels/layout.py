@@ -52,7 +52,7 @@ class Layout:
 
     @property
     def unit(self) -> int:
-        """Codes that a kernel unrolls: whole words, and a whole byte of micro-exponents where groups allow."""
+        """Codes that a kernel unrolls: whole words, and whole bytes of micro-exponents where groups allow."""
         byte = math.lcm(8 * self.micro, self.codec.unit)
         return byte if self.micro and self.group % byte == 0 else self.codec.unit
 
