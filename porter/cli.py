@@ -130,6 +130,13 @@ def convert(
     context: Annotated[
         int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
     ] = 0,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Text or token ids, as for --data, for passes that look at activations, or 'random'. "
+            "Default: text the model writes itself."
+        ),
+    ] = "",
     keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")] = False,
     json_: Json = False,
 ) -> None:
@@ -140,7 +147,18 @@ def convert(
 
     with Stages(quiet=json_) as stages:
         options = Options(
-            target, weights, kv, pipeline, budget, data, seed, context, keep, _command(), stages.update
+            target,
+            weights,
+            kv,
+            pipeline,
+            budget,
+            data,
+            seed,
+            context,
+            keep,
+            calibration,
+            _command(),
+            stages.update,
         )
         try:
             report = run(model, output, options)

@@ -10,7 +10,18 @@ from rich.table import Table
 from rich.text import Text
 
 from porter.report.report import DriftReport
-from porter.report.words import MEASURES, amount, clean, evidence, measured, shown, title, value, verdict
+from porter.report.words import (
+    MEASURES,
+    amount,
+    calibrated,
+    clean,
+    evidence,
+    measured,
+    shown,
+    title,
+    value,
+    verdict,
+)
 
 
 def show(report: DriftReport, console: Console) -> None:
@@ -26,6 +37,8 @@ def render(report: DriftReport) -> RenderableType:
 def _parts(report: DriftReport) -> Iterator[RenderableType]:
     yield Text(title(report), style="bold")
     yield Text(f"on {evidence(report)}", style="dim")
+    if report.calibration:
+        yield Text(f"calibrated on {calibrated(report)}", style="dim")
     if report.drift:
         yield _drift(report)
     if report.context:
