@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from decoders import empty_cache, tiny_decoder
 
 from porter import decoder as decoders
 from porter import graph, nibbles
@@ -15,7 +16,6 @@ from porter.context import Feeds
 from porter.errors import OptionError, PassError
 from porter.run.feeds import empty_caches, feeds
 from porter.run.reference import ReferenceRunner
-from tests.support.decoders import empty_cache, tiny_decoder
 
 LENGTHS = (9, 1, 17)  # of the feeds; one has a single token
 
