@@ -122,6 +122,13 @@ def convert(
         str, typer.Option(help="A target's name (porter targets) or the path of its .toml.")
     ] = "host",
     weights: Annotated[str, typer.Option(help="Weight format, as int4-g32.")] = "",
+    method: Annotated[
+        str, typer.Option(help="How weights are cast to it: a pass quantize.METHOD. Default: rtn.")
+    ] = "",
+    activations: Annotated[str, typer.Option(help="Format that linear layers multiply in, as int8.")] = "",
+    form: Annotated[
+        str, typer.Option(help="Quantized weights in model.onnx: onnx, or contrib (com.microsoft).")
+    ] = "onnx",
     kv: Annotated[str, typer.Option(help="KV-cache scheme, as int8.")] = "",
     pipeline: Annotated[str, typer.Option(help="Passes to run instead of the target's own.")] = "",
     budget: Budget = "",
@@ -147,18 +154,21 @@ def convert(
 
     with Stages(quiet=json_) as stages:
         options = Options(
-            target,
-            weights,
-            kv,
-            pipeline,
-            budget,
-            data,
-            seed,
-            context,
-            keep,
-            calibration,
-            _command(),
-            stages.update,
+            target=target,
+            weights=weights,
+            kv=kv,
+            method=method,
+            activations=activations,
+            form=form,
+            pipeline=pipeline,
+            budget=budget,
+            data=data,
+            seed=seed,
+            context=context,
+            keep=keep,
+            calibration=calibration,
+            repeat=_command(),
+            progress=stages.update,
         )
         try:
             report = run(model, output, options)

@@ -16,6 +16,7 @@ from porter.report.words import (
     calibrated,
     clean,
     evidence,
+    kept,
     measured,
     shown,
     title,
@@ -45,6 +46,8 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         yield _context(report)
     if report.stages:
         yield _stages(report)
+    if report.kept:
+        yield Text(f" {kept(report)}")
     if report.memory or report.seconds or report.estimate:
         yield _figures(report)
     yield Text(verdict(report), style="bold green" if report.ok and report.budget else _warn(report))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from porter.drift.measures import Drift
 from porter.report.report import DriftReport
+
+if TYPE_CHECKING:
+    from porter.weights.select import Kept
 
 # Measure: label, what it says.
 MEASURES = {
@@ -100,6 +104,18 @@ def verdict(report: DriftReport) -> str:
     if not report.budget:
         return "No budget was given; the outputs are numbers, and no more was asked"
     return "Within budget: " + ", ".join(f"{m} {value(getattr(report.total, m))}" for m in report.budget)
+
+
+def kept(report: DriftReport) -> str:
+    """Which weights stay floats: "embedding, lm head (1 weight, 128 KiB) kept in fp32"."""
+    types = dict.fromkeys(k.dtype for k in report.kept)
+    return "; ".join(f"{', '.join(_kept(k) for k in report.kept if k.dtype == t)} kept in {t}" for t in types)
+
+
+def _kept(group: Kept) -> str:
+    roles = ", ".join("lm head" if role == "head" else role for role in group.roles)
+    count = f"{group.weights} weight{'s' if group.weights != 1 else ''}"
+    return f"{roles} ({count}, {amount(group.bytes, 'bytes')})"
 
 
 def evidence(report: DriftReport) -> str:

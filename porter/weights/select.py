@@ -35,7 +35,8 @@ from porter.errors import PassError
 from porter.graph.mapped import MappedTensor
 from porter.match import words
 
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+FLOATS = tuple(_NAMES)
 LINEAR = frozenset({"attention", "mlp", "experts"})
 ROLES = ("embedding", "head", "attention", "mlp", "experts")
 _ELEMENTWISE = words("Add Mul Div Sub Cast Identity Tanh Softmax LogSoftmax")  # nearly
@@ -143,6 +144,26 @@ def multiplied_codes(graph: ir.Graph) -> list[Matrix]:
 def _named(matrix: Matrix, listed: tuple[str, ...]) -> bool:
     roles = matrix.roles | ({"linear"} if matrix.roles & LINEAR else set())
     return any(word in roles or fnmatchcase(matrix.name, word) for word in listed)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Matrices of the same roles that stay floats of one type: how many, and their bytes."""
+
+    roles: tuple[str, ...]
+    weights: int
+    bytes: int
+    dtype: str
+
+
+def kept(graph: ir.Graph) -> list[Kept]:
+    """What is not stored in a format, by roles and type, in the order of `ROLES`."""
+    found: dict[tuple[tuple[str, ...], str], list[int]] = {}
+    for matrix in matrices(graph):
+        roles = tuple(role for role in ROLES if role in matrix.roles)
+        found.setdefault((roles, _NAMES[matrix.tensor.dtype]), []).append(matrix.tensor.nbytes)
+    order = sorted(found, key=lambda key: ([ROLES.index(role) for role in key[0]], key[1]))
+    return [Kept(key[0], len(found[key]), sum(found[key]), key[1]) for key in order]
 
 
 def refuse_not_finite(matrix: Matrix) -> None:
