@@ -1,0 +1,162 @@
+"""GPTQ: round column by column, and let the columns not yet rounded make up for each error.
+
+For outputs W x with H = E[x x^T], the error of weights W + D is tr(D H D^T). Once column i is rounded with
+error d = w_i - q_i, the best that columns F = {i+1, ...} can do is
+
+    w_F -= d / [H_{i..}^-1]_ii * [H_{i..}^-1]_{i,F}          at a cost of d^2 / [H_{i..}^-1]_ii
+
+and with H^-1 = U^T U, U upper triangular, row i of U is all that the step needs:
+[H_{i..}^-1]_{i,:} = U_ii U_{i,:}. So no inverse is updated; columns go in blocks, and what a block did to the
+columns beyond it is one matrix product (Frantar et al., 2210.17323, algorithm 1).
+
+Scales and zero points are those that `porter.formats.encode` chooses: a group's at the moment its first
+column is reached, from weights that already make up for earlier errors, or all of them up front
+(`static_groups`). `act_order` rounds the columns of largest H_kk first. A group made of neighbours in that
+order would need an index for each column, which DequantizeLinear does not have; a group of neighbours in the
+matrix is then reached in pieces: so `act_order` makes the groups static. They also are where a scale is not
+of one group of one row alone: whole rows, blocks of rows, NVFP4's factor.
+
+A column whose H_kk is 0 was never seen to be anything but 0: it is rounded to nearest, and no other makes up
+for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from porter import formats
+from porter.errors import PassError
+from porter.formats import Encoded, Format
+from porter.methods import grid
+
+ROWS = 1024
+"""Rows taken at a time: their float64 copies stay small, and they do not depend on each other."""
+
+
+def quantize(
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    form: Format,
+    *,
+    damp: float = 0.01,
+    act_order: bool = False,
+    static_groups: bool = False,
+    block: int = 128,
+) -> Encoded:
+    """Round `weight` [N,K] to `form` under `hessian` [K,K], of any float type and up to any factor.
+
+    `damp` times the mean of the diagonal is added to it. Raises PassError PORT-0281 when the Hessian is not
+    finite or, damped, not positive definite.
+    """
+    weight = np.asarray(weight, np.float32)
+    diagonal = np.diagonal(hessian)
+    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
+    upper = inverse_factor(hessian[np.ix_(order, order)] if act_order else hessian, damp)
+    found = formats.encode(form, weight)
+    fixed = act_order or static_groups or not form.group or form.rows != 1 or found.factor is not None
+    if fixed:
+        step, zero = grid.steps(found, order)
+    for first in range(0, len(weight), ROWS):
+        rows = slice(first, first + ROWS)
+        rest = weight[rows].T.astype(np.float64)[order]
+        part = _Fixed(form, step[:, rows], zero[:, rows]) if fixed else _Moving(found, rows)
+        codes = _round(rest, upper, part, block)
+        found.codes[rows, order] = codes.T
+    return found
+
+
+def inverse_factor(hessian: np.ndarray, damp: float) -> np.ndarray:
+    """The upper triangular U with U^T U = H^-1, float64 [K,K], for H damped as `quantize` says.
+
+    H = R R^T with R upper triangular is the Cholesky factor of H read backwards; U = R^-1, so H itself is
+    never inverted.
+    """
+    damped = np.array(hessian, np.float64)
+    diagonal = np.einsum("kk->k", damped)
+    live = diagonal > 0
+    diagonal += damp * diagonal[live].mean() if live.any() else 0
+    diagonal[~live] = 1
+    try:
+        backwards = np.linalg.cholesky(damped[::-1, ::-1])
+    except np.linalg.LinAlgError:
+        backwards = np.array([[np.nan]])
+    if not np.isfinite(backwards).all():
+        what = "the activations' second moments are not finite, or not positive definite"
+        raise PassError("PORT-0281", what, hint="more damping (damp=0.1), or more calibration data")
+    return _inverse(np.ascontiguousarray(backwards[::-1, ::-1]))
+
+
+def _inverse(upper: np.ndarray) -> np.ndarray:
+    """The inverse of an upper triangular matrix: by halves, so that nearly all of it is matrix products."""
+    size = len(upper)
+    if size <= 64:
+        return np.triu(np.linalg.inv(upper))
+    half, out = size // 2, np.zeros_like(upper)
+    out[:half, :half] = head = _inverse(upper[:half, :half])
+    out[half:, half:] = tail = _inverse(upper[half:, half:])
+    out[:half, half:] = -head @ (upper[:half, half:] @ tail)
+    return out
+
+
+def _round(rest: np.ndarray, upper: np.ndarray, scales: _Fixed | _Moving, block: int) -> np.ndarray:
+    """Codes [K,n] for n rows, whose columns are the rows of `rest` [K,n] float64, which is used up."""
+    element = grid.element(scales.form)
+    codes = np.empty(rest.shape, element.encode(np.zeros(1)).dtype)
+    for first, last in _blocks(len(rest), block, scales.form.group):
+        here, errors = rest[first:last], np.empty_like(rest[first:last])
+        for i in range(first, last):
+            step, zero = scales.at(i, here[i - first :])
+            column = rest[i]
+            codes[i] = element.encode(column.astype(np.float32) / step + zero)
+            rounded = (element.decode(codes[i]) - zero) * step
+            errors[i - first] = error = (column - rounded) / upper[i, i]
+            here[i - first + 1 :] -= upper[i, i + 1 : last, None] * error
+        rest[last:] -= upper[first:last, last:].T @ errors
+    return codes
+
+
+def _blocks(columns: int, block: int, group: int) -> Iterator[tuple[int, int]]:
+    """Ranges of about `block` columns: whole groups, or pieces of one, so that a group's first column always
+    sees all of its group up to date."""
+    group = group or columns
+    size = max(block // group, 1) * group
+    for start in range(0, columns, size):
+        end = min(start + size, columns)
+        for first in range(start, end, max(block, 1) if group > block else size):
+            yield first, min(first + block, end) if group > block else end
+
+
+class _Fixed:
+    """Steps and zero points [K,n] that are there from the start, in the order of the columns."""
+
+    def __init__(self, form: Format, step: np.ndarray, zero: np.ndarray) -> None:
+        self.form, self._step, self._zero = form, step, zero
+
+    def at(self, column: int, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._step[column], self._zero[column]
+
+
+class _Moving:
+    """Steps and zero points chosen when their group is reached; `found` receives them for the rows."""
+
+    def __init__(self, found: Encoded, rows: slice) -> None:
+        self.form, self._found, self._rows = found.form, found, rows
+
+    def at(self, column: int, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those [n] of a column; `rest` [.., n] is it and what follows it."""
+        group, within = divmod(column, self.form.group)
+        if within == 0:
+            self._choose(group, rest[: self.form.group])
+        return self._step[within], self._zero[within]
+
+    def _choose(self, group: int, rest: np.ndarray) -> None:
+        chosen = formats.encode(self.form, rest.T)
+        self._found.scales[self._rows, group] = chosen.scales[:, 0]
+        if chosen.zeros is not None:
+            self._found.zeros[self._rows, group] = chosen.zeros[:, 0]
+        if chosen.shifts is not None:
+            first = group * self.form.group // self.form.micro
+            self._found.shifts[self._rows, first : first + chosen.shifts.shape[1]] = chosen.shifts
+        self._step, self._zero = grid.steps(chosen, np.arange(len(rest)))
