@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
@@ -140,7 +140,8 @@ class Rounded:
         """Codes [N,K] in the numpy type of their ONNX type, and scales [N] or [N,G] in the source's type."""
         array = self.source.numpy()
         matrix = np.ascontiguousarray(array.T) if self.turned else array
-        encoded = formats.encode(self.form, matrix, array.dtype)
+        scale_type = next(name for name, dtype in formats.format.SCALES.items() if dtype == array.dtype)
+        encoded = formats.encode(replace(self.form, scale=scale_type), matrix)
         codes, scale = encoded.codes, encoded.scales
         codes = codes.astype(ml_dtypes.int4) if self.form.element == "int4" else codes
         return codes.view(CODES[self.form.element].numpy()), scale if self.form.group else scale[:, 0]
@@ -176,7 +177,7 @@ def matrices(graph: ir.Graph) -> list[tuple[ir.Value, list[Use]]]:
 
 
 def _check(form: formats.Format, model: ir.Model) -> None:
-    if form.element not in CODES:
+    if form.element not in CODES or form.scale != "fp32" or form.rows != 1:
         hint = "use fp8-e4m3fn or another flavour that ONNX has"
         raise PassError("PORT-0253", f"ONNX has no type for the elements of {form.name}", hint=hint)
     opset = model.opset_imports.get("", 0)

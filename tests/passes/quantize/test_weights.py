@@ -260,7 +260,7 @@ def test_the_target_names_the_flavour():
         (QuantizeWeights(format="fp8-e4m3"), 21, "PORT-0253"),
         (QuantizeWeights(format="int8"), 20, "PORT-0254"),
         (QuantizeWeights(format="int9"), 21, "PORT-0250"),
-        (QuantizeWeights(format="mxfp4"), 21, "PORT-0251"),
+        (QuantizeWeights(format="mxfp4"), 21, "PORT-0253"),
         (QuantizeWeights(skip=("heads",)), 21, "PORT-0256"),
     ],
 )
