@@ -4,8 +4,8 @@
 
 A channel that is large on average is rounded relatively finer; alpha in 0, 0.05, ..., 0.95 is the one with
 the smallest error of the outputs (Lin et al., 2306.00978, and its reference code's auto_scale, which takes
-the error after a whole block). Several matrices that read one x share s, and the sum of their errors decides. Of
-the activations only mean|x| and H = E[x x^T] are needed, never themselves: with D = Q(W s)/s - W the error
+the error after a whole block). Several matrices that read one x share s, and the sum of their errors decides.
+Of the activations only mean|x| and H = E[x x^T] are needed, never themselves: with D = Q(W s)/s - W the error
 E|D x|^2 is tr(D H D^T).
 
 Then (auto_clip) each group of a row tries magnitudes clipped at 1, 0.95, ..., 0.5 of its largest and keeps
@@ -59,21 +59,28 @@ def clip(weight: np.ndarray, hessian: np.ndarray, form: Format) -> np.ndarray:
     """`weight` [N,K] with each group of each row clipped at its best magnitude, float32 [N,K].
 
     `hessian` [K,K] belongs to the weight's own input: E[x x^T] over s_j s_k when the weight is scaled by s.
-    A format whose scale is not of one group of one row (blocks, NVFP4's factor) takes the groups' errors
-    as if all groups shrank alike.
+    A row whose whole error the clipping of its groups does not lessen stays as it is: groups whose inputs go
+    together may make up for each other. So does a matrix whose rows share scales.
     """
     weight = np.asarray(weight, np.float32)
-    largest = blocks.absmax(weight, form.group)
+    if form.rows != 1 or not form.scale:
+        return weight
     hessian = np.asarray(hessian, np.float32)
+    largest = blocks.absmax(weight, form.group)
     best, kept = np.full(largest.shape, np.inf), largest
     for shrink in SHRINKS:
         limit = largest * np.float32(shrink)
-        clipped = clip_at(weight, limit, form.group)
-        error = formats.decode(formats.encode(form, clipped)) - weight
-        found = _shares(error, hessian, form.group)
+        found = _shares(_change(weight, clip_at(weight, limit, form.group), form), hessian, form.group)
         better = found < best
         best, kept = np.where(better, found, best), np.where(better, limit, kept)
-    return clip_at(weight, kept, form.group)
+    clipped = clip_at(weight, kept, form.group)
+    before, after = (_shares(_change(weight, w, form), hessian, 0) for w in (weight, clipped))
+    return np.where(after < before, clipped, weight)
+
+
+def _change(weight: np.ndarray, instead: np.ndarray, form: Format) -> np.ndarray:
+    """What rounding another matrix instead changes of the weight."""
+    return formats.decode(formats.encode(form, instead)) - weight
 
 
 def clip_at(weight: np.ndarray, limit: np.ndarray, group: int) -> np.ndarray:

@@ -29,7 +29,8 @@ import numpy as np
 from porter import formats
 from porter.errors import PassError
 from porter.formats import Encoded, Format
-from porter.methods import grid
+from porter.formats.format import Scales
+from porter.formats.rounding import nearest
 
 ROWS = 1024
 """Rows taken at a time: their float64 copies stay small, and they do not depend on each other."""
@@ -51,19 +52,17 @@ def quantize(
     finite or, damped, not positive definite.
     """
     weight = np.asarray(weight, np.float32)
+    found = formats.encode(form, weight)
+    if not form.scale:  # a wide float: nothing to make up for
+        return found
+    fixed = act_order or static_groups or not form.group or form.rows != 1 or found.factor is not None
     diagonal = np.diagonal(hessian)
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
     upper = inverse_factor(hessian[np.ix_(order, order)] if act_order else hessian, damp)
-    found = formats.encode(form, weight)
-    fixed = act_order or static_groups or not form.group or form.rows != 1 or found.factor is not None
-    if fixed:
-        step, zero = grid.steps(found, order)
-    for first in range(0, len(weight), ROWS):
-        rows = slice(first, first + ROWS)
-        rest = weight[rows].T.astype(np.float64)[order]
-        part = _Fixed(form, step[:, rows], zero[:, rows]) if fixed else _Moving(found, rows)
-        codes = _round(rest, upper, part, block)
-        found.codes[rows, order] = codes.T
+    size = max(ROWS // (form.rows or 1), 1) * (form.rows or 1)  # a block's rows stay together
+    for first in range(0, len(weight), size):
+        rest = weight[first : first + size].T.astype(np.float64)[order]
+        _round(rest, upper, order, _Part(found, first, len(rest[0]), fixed), block)
     return found
 
 
@@ -100,21 +99,15 @@ def _inverse(upper: np.ndarray) -> np.ndarray:
     return out
 
 
-def _round(rest: np.ndarray, upper: np.ndarray, scales: _Fixed | _Moving, block: int) -> np.ndarray:
-    """Codes [K,n] for n rows, whose columns are the rows of `rest` [K,n] float64, which is used up."""
-    element = grid.element(scales.form)
-    codes = np.empty(rest.shape, element.encode(np.zeros(1)).dtype)
-    for first, last in _blocks(len(rest), block, scales.form.group):
+def _round(rest: np.ndarray, upper: np.ndarray, order: np.ndarray, part: _Part, block: int) -> None:
+    """Round some rows, whose columns in `order` are the rows of `rest` [K,n] float64, which is used up."""
+    for first, last in _blocks(len(rest), block, part.form.group):
         here, errors = rest[first:last], np.empty_like(rest[first:last])
         for i in range(first, last):
-            step, zero = scales.at(i, here[i - first :])
-            column = rest[i]
-            codes[i] = element.encode(column.astype(np.float32) / step + zero)
-            rounded = (element.decode(codes[i]) - zero) * step
-            errors[i - first] = error = (column - rounded) / upper[i, i]
+            rounded = part.round(order[i], rest[i:])
+            errors[i - first] = error = (rest[i] - rounded) / upper[i, i]
             here[i - first + 1 :] -= upper[i, i + 1 : last, None] * error
         rest[last:] -= upper[first:last, last:].T @ errors
-    return codes
 
 
 def _blocks(columns: int, block: int, group: int) -> Iterator[tuple[int, int]]:
@@ -128,35 +121,46 @@ def _blocks(columns: int, block: int, group: int) -> Iterator[tuple[int, int]]:
             yield first, min(first + block, end) if group > block else end
 
 
-class _Fixed:
-    """Steps and zero points [K,n] that are there from the start, in the order of the columns."""
+class _Part:
+    """Some rows of `found`: their codes, and scales that are `fixed` or chosen when a group is reached."""
 
-    def __init__(self, form: Format, step: np.ndarray, zero: np.ndarray) -> None:
-        self.form, self._step, self._zero = form, step, zero
+    def __init__(self, found: Encoded, first: int, rows: int, fixed: bool) -> None:
+        self.form, self._fixed, self._codes = found.form, fixed, found.codes[first : first + rows]
+        share = (
+            slice(first // found.form.rows, -(-(first + rows) // found.form.rows))
+            if found.form.rows
+            else slice(1)
+        )
+        self._scales = Scales(
+            found.scales[share],
+            None if found.zeros is None else found.zeros[share],
+            None if found.shifts is None else found.shifts[first : first + rows],
+            found.factor,
+        )
 
-    def at(self, column: int, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._step[column], self._zero[column]
+    def round(self, column: int, rest: np.ndarray) -> np.ndarray:
+        """Store the codes of a column, the first of `rest` [..., n], and return what they stand for, [n]."""
+        group = self.form.group
+        if not self._fixed and column % group == 0:
+            self._choose(column, rest[:group].T)
+        rounded = nearest(self.form, rest[:1].T.astype(np.float32), self._of(column))
+        self._codes[:, column] = rounded.codes[:, 0]
+        return formats.decode(rounded)[:, 0]
 
+    def _of(self, column: int) -> Scales:
+        """The scales of one column."""
+        group = column // self.form.group if self.form.group else 0
+        scales, zeros, shifts, factor = self._scales
+        shared = (None if each is None else each[:, group : group + 1] for each in (scales, zeros))
+        pair = column // self.form.micro if self.form.micro else 0
+        return Scales(*shared, None if shifts is None else shifts[:, pair : pair + 1], factor)
 
-class _Moving:
-    """Steps and zero points chosen when their group is reached; `found` receives them for the rows."""
-
-    def __init__(self, found: Encoded, rows: slice) -> None:
-        self.form, self._found, self._rows = found.form, found, rows
-
-    def at(self, column: int, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Those [n] of a column; `rest` [.., n] is it and what follows it."""
-        group, within = divmod(column, self.form.group)
-        if within == 0:
-            self._choose(group, rest[: self.form.group])
-        return self._step[within], self._zero[within]
-
-    def _choose(self, group: int, rest: np.ndarray) -> None:
-        chosen = formats.encode(self.form, rest.T)
-        self._found.scales[self._rows, group] = chosen.scales[:, 0]
+    def _choose(self, column: int, values: np.ndarray) -> None:
+        """Scale the group that begins at `column` anew, for `values` [n,g]."""
+        chosen = formats.encode(self.form, values)
+        self._of(column).scales[:] = chosen.scales
         if chosen.zeros is not None:
-            self._found.zeros[self._rows, group] = chosen.zeros[:, 0]
+            self._of(column).zeros[:] = chosen.zeros
         if chosen.shifts is not None:
-            first = group * self.form.group // self.form.micro
-            self._found.shifts[self._rows, first : first + chosen.shifts.shape[1]] = chosen.shifts
-        self._step, self._zero = grid.steps(chosen, np.arange(len(rest)))
+            first = column // self.form.micro
+            self._scales.shifts[:, first : first + chosen.shifts.shape[1]] = chosen.shifts

@@ -10,21 +10,16 @@ import numpy as np
 
 from porter.errors import PassError
 from porter.formats import Encoded, Format
-from porter.formats.elements import ELEMENTS, Float
+from porter.formats.format import SCALES, Scales
 from porter.formats.integers import Integer
-from porter.formats.wide import Wide
+from porter.formats.rounding import nearest
 
-SCALES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-"""The types of scales that may have any value, by the name that `Format.scale` has."""
+FREE = ("fp32", "fp16", "bf16")
+"""The types of scales that may have any value."""
 
 Fit = Callable[[Format, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""(format, groups [M,g], how often each element counts [M,g]: 0 or 1) -> steps as stored and zero points, both
-float32 [M]."""
-
-
-def element(form: Format) -> Float | Integer | Wide:
-    """What a code of the format is: its rounding and its values."""
-    return ELEMENTS[form.element]
+"""(format, groups [M,g], how often each element counts [M,g]: 0 or 1) -> [M] each: steps as stored, and zero
+points."""
 
 
 def asymmetric(form: Format) -> Format:
@@ -39,7 +34,7 @@ def asymmetric(form: Format) -> Format:
 
 def check_fits(form: Format) -> None:
     """Raise PORT-0282 unless a scale (and a zero point) can be fitted to each group by itself."""
-    if not isinstance(element(form), Integer) or form.scale not in SCALES or form.rows != 1:
+    if not isinstance(form.elements, Integer) or form.scale not in FREE or form.rows != 1:
         what = f"{form.name} leaves nothing to fit: it has no integers with a free scale for each group"
         raise PassError("PORT-0282", what, hint="take int4-g32, uint4-g64 or the like, or quantize.gptq")
 
@@ -48,11 +43,11 @@ def fitted(weight: np.ndarray, form: Format, fit: Fit, rows: int = 256) -> Encod
     """Round `weight` [N,K] to scales and zero points that `fit` chooses for each group by itself."""
     weight = np.asarray(weight, np.float32)
     parts = [_fitted(weight[i : i + rows], form, fit) for i in range(0, len(weight), rows)]
-    codes, scales, zeros = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return Encoded(form, codes, scales.astype(SCALES[form.scale]), zeros if form.zero else None)
+    scales, zeros = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return nearest(form, weight, Scales(scales.astype(SCALES[form.scale]), zeros if form.zero else None))
 
 
-def _fitted(weight: np.ndarray, form: Format, fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _fitted(weight: np.ndarray, form: Format, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     columns = weight.shape[1]
     group = min(form.group or columns, columns)
     short = -columns % group
@@ -60,8 +55,7 @@ def _fitted(weight: np.ndarray, form: Format, fit: Fit) -> tuple[np.ndarray, np.
     filled = np.pad(weight, [(0, 0), (0, short)], mode="edge").reshape(-1, group)
     counts = np.broadcast_to(np.pad(np.ones(columns, np.float32), (0, short)), (len(weight), columns + short))
     step, zero = fit(form, filled, counts.reshape(-1, group))
-    codes = element(form).encode(filled / step[:, None] + zero[:, None]).reshape(len(weight), -1)[:, :columns]
-    return codes, step.reshape(len(weight), -1), zero.reshape(len(weight), -1)
+    return step.reshape(len(weight), -1), zero.astype(np.float32).reshape(len(weight), -1)
 
 
 def stored(form: Format, step: np.ndarray) -> np.ndarray:
@@ -72,23 +66,6 @@ def stored(form: Format, step: np.ndarray) -> np.ndarray:
     high = np.nextafter(np.float32(info.max) / np.float32(1 << form.bits), np.float32(0))
     bounded = np.copysign(np.clip(np.abs(step), low, high), step)
     return bounded.astype(SCALES[form.scale]).astype(np.float32)
-
-
-def steps(encoded: Encoded, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What one code is worth, and its zero point, at some columns of every row: float32 [k,N] each."""
-    form = encoded.form
-    group = columns // form.group if form.group else np.zeros_like(columns)
-    step = _by_column(encoded, encoded.scales, group)
-    zero = np.zeros_like(step) if encoded.zeros is None else _by_column(encoded, encoded.zeros, group)
-    if encoded.shifts is not None:
-        step = step * np.exp2(-encoded.shifts[:, columns // form.micro].T.astype(np.float32))
-    return step if encoded.factor is None else step * encoded.factor, zero
-
-
-def _by_column(encoded: Encoded, numbers: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """[R,G] -> [k,N]: the number that holds at each of k columns in group `group`."""
-    rows = len(encoded.codes)
-    return np.repeat(numbers[:, group].T.astype(np.float32), encoded.form.rows or rows, axis=1)[:, :rows]
 
 
 def output_error(error: np.ndarray, hessian: np.ndarray) -> float:

@@ -33,12 +33,12 @@ def quantize(weight: np.ndarray, form: Format) -> Encoded:
 
 def _fit(form: Format, x: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low, span = x.min(axis=1), np.ptp(x, axis=1)
-    step = grid.stored(form, np.where(span > 0, span / grid.element(form).largest, 1))
+    step = grid.stored(form, np.where(span > 0, span / form.elements.largest, 1))
     found = -low / step
     x, share = x / step[:, None], counts / counts.sum(axis=1, keepdims=True)  # from here in steps
     zero, smallest, live, beta = found.copy(), np.full(len(x), np.inf), np.arange(len(x)), BETA
     for _ in range(ROUNDS):
-        codes = np.clip(np.rint(x + zero[:, None]), 0, grid.element(form).largest)
+        codes = np.clip(np.rint(x + zero[:, None]), 0, form.elements.largest)
         error = x - (codes - zero[:, None])
         size = np.einsum("mg,mg->m", np.abs(error), share)
         better = size < smallest

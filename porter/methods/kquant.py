@@ -39,7 +39,7 @@ def importance(x: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _with_minimum(form: Format, x: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """From here on a group's values lie in 0...1: sums neither overflow nor cancel."""
-    top = grid.element(form).largest
+    top = form.elements.largest
     low, span = x.min(axis=1), np.ptp(x, axis=1)
     unit = np.where(span > 0, span, 1)
     weight = importance(x / np.maximum(np.abs(x).max(axis=1), np.finfo(np.float32).tiny)[:, None], counts)
@@ -76,7 +76,7 @@ def _error(
 
 
 def _without(form: Format, x: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    low, high = grid.element(form).smallest, grid.element(form).largest
+    low, high = form.elements.smallest, form.elements.largest
     peak = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)[:, 0]
     unit = np.where(peak == 0, 1, peak)
     x = x / unit[:, None]  # now -1...1, and the peak 1
