@@ -60,7 +60,8 @@ def clip(weight: np.ndarray, hessian: np.ndarray, form: Format) -> np.ndarray:
 
     `hessian` [K,K] belongs to the weight's own input: E[x x^T] over s_j s_k when the weight is scaled by s.
     A row whose whole error the clipping of its groups does not lessen stays as it is: groups whose inputs go
-    together may make up for each other. So does a matrix whose rows share scales.
+    together may make up for each other. (That clipping moves NVFP4's factor, which all rows share, is not
+    counted.) So does a matrix whose rows share scales.
     """
     weight = np.asarray(weight, np.float32)
     if form.rows != 1 or not form.scale:

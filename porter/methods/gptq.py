@@ -22,6 +22,7 @@ for it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,22 +49,39 @@ def quantize(
 ) -> Encoded:
     """Round `weight` [N,K] to `form` under `hessian` [K,K], of any float type and up to any factor.
 
-    `damp` times the mean of the diagonal is added to it. Raises PassError PORT-0281 when the Hessian is not
-    finite or, damped, not positive definite.
+    A stack [E,N,K] takes a Hessian each, [E,K,K]. `damp` times the mean of the diagonal is added to it. Raises
+    PassError PORT-0281 when a Hessian is not finite or, damped, not positive definite.
     """
     weight = np.asarray(weight, np.float32)
     found = formats.encode(form, weight)
     if not form.scale:  # a wide float: nothing to make up for
         return found
     fixed = act_order or static_groups or not form.group or form.rows != 1 or found.factor is not None
-    diagonal = np.diagonal(hessian)
-    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
-    upper = inverse_factor(hessian[np.ix_(order, order)] if act_order else hessian, damp)
-    size = max(ROWS // (form.rows or 1), 1) * (form.rows or 1)  # a block's rows stay together
+    stack = weight.ndim == 3
+    for e, values in enumerate(weight if stack else weight[None]):
+        one, own = (_expert(found, e), hessian[e]) if stack else (found, hessian)
+        diagonal = np.diagonal(own)
+        order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
+        upper = inverse_factor(own[np.ix_(order, order)] if act_order else own, damp)
+        _matrix(values, upper, order, one, fixed, block)
+    return found
+
+
+def _expert(found: Encoded, e: int) -> Encoded:
+    """Views of one matrix of a stack."""
+    arrays = {name: getattr(found, name) for name in ("codes", "scales", "zeros", "shifts")}
+    own = {name: array if array is None else array[e] for name, array in arrays.items()}
+    return dataclasses.replace(found, **own)
+
+
+def _matrix(
+    weight: np.ndarray, upper: np.ndarray, order: np.ndarray, found: Encoded, fixed: bool, block: int
+) -> None:
+    """Round one matrix into `found`, some rows at a time; a block's rows stay together."""
+    size = max(ROWS // (found.form.rows or 1), 1) * (found.form.rows or 1)
     for first in range(0, len(weight), size):
         rest = weight[first : first + size].T.astype(np.float64)[order]
         _round(rest, upper, order, _Part(found, first, len(rest[0]), fixed), block)
-    return found
 
 
 def inverse_factor(hessian: np.ndarray, damp: float) -> np.ndarray:

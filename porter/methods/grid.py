@@ -40,10 +40,13 @@ def check_fits(form: Format) -> None:
 
 
 def fitted(weight: np.ndarray, form: Format, fit: Fit, rows: int = 256) -> Encoded:
-    """Round `weight` [N,K] to scales and zero points that `fit` chooses for each group by itself."""
+    """Round `weight` [..., N,K] to scales and zero points that `fit` chooses for each group by itself."""
     weight = np.asarray(weight, np.float32)
-    parts = [_fitted(weight[i : i + rows], form, fit) for i in range(0, len(weight), rows)]
-    scales, zeros = (np.concatenate(each) for each in zip(*parts, strict=True))
+    flat = weight.reshape(-1, weight.shape[-1])
+    parts = [_fitted(flat[i : i + rows], form, fit) for i in range(0, len(flat), rows)]
+    scales, zeros = (
+        np.concatenate(each).reshape(*weight.shape[:-1], -1) for each in zip(*parts, strict=True)
+    )
     return nearest(form, weight, Scales(scales.astype(SCALES[form.scale]), zeros if form.zero else None))
 
 

@@ -49,7 +49,10 @@ def test_a_loud_channel_is_scaled_up_and_helps(name):
     s = awq.scales([weight], np.abs(inputs).mean(0), layers.moments(inputs), parse(name))
     assert s.argmax() == 7
     before = explicit_error(weight, rounded(weight, name), inputs)
-    assert explicit_error(weight, rounded(weight * s, name) / s, inputs) < 0.7 * before
+    # A scale that is a power of two takes most of s back, but for where the group's largest then falls.
+    assert explicit_error(weight, rounded(weight * s, name) / s, inputs) < before * (
+        0.95 if "mx" in name else 0.7
+    )
 
 
 def test_inputs_all_alike_are_not_scaled():
@@ -100,8 +103,10 @@ def test_clipping_makes_no_output_worse(name):
     weight, inputs = layers.layer(24, 80, seed=5)
     clipped = awq.clip(weight, layers.moments(inputs), parse(name))
     before, after = (inputs @ (rounded(w, name) - weight).T for w in (weight, clipped))
-    slack = 1.001 if name == "nvfp4" else 1 + 1e-4  # clipped rows may move the factor that all rows share
-    assert (np.mean(after**2, 0) <= slack * np.mean(before**2, 0)).all()
+    if name == "nvfp4":  # rows that are clipped move the factor that all rows share
+        assert np.mean(after**2) < np.mean(before**2)
+    else:
+        assert (np.mean(after**2, 0) <= (1 + 1e-4) * np.mean(before**2, 0)).all()  # float32 against float64
 
 
 @pytest.mark.parametrize("name", ["int4-b16", "int8-t", "fp16"])

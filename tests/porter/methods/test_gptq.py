@@ -8,27 +8,31 @@ from porter.formats import Encoded, Format, parse
 from porter.methods import gptq
 from porter.methods.grid import output_error
 
-FORMATS = [
-    "int2-g8",
-    "int3-g16",
-    "int4-g16",
-    "int4-r",
-    "int8-g8",
-    "uint2-g8",
-    "uint3-g16",
-    "uint4-g16",
-    "uint4-r",
-    "int4-b16",
-    "int8-t",
-    "fp8-e4m3fn",
-    "fp8-e5m2-g16",
-    "mxfp4",
-    "mxfp6-e3m2",
-    "mxint8",
-    "nvfp4",
-    "mx9",
-    "mx6",
-]
+FORMATS = (
+    *(
+        "int2-g8",
+        "int3-g16",
+        "int4-g16",
+        "int4-r",
+        "int8-g8",
+        "uint2-g8",
+        "uint3-g16",
+        "uint4-g16",
+        "uint4-r",
+    ),
+    *(
+        "int4-b16",
+        "int8-t",
+        "fp8-e4m3fn",
+        "fp8-e5m2-g16",
+        "mxfp4",
+        "mxfp6-e3m2",
+        "mxint8",
+        "nvfp4",
+        "mx9",
+        "mx6",
+    ),
+)
 SHAPES = [(5, 44), (3, 16), (4, 1), (1, 33)]  # ragged last groups, one column, one row
 
 
@@ -156,6 +160,28 @@ def test_rows_that_share_scales_stay_together(name, monkeypatch):
     monkeypatch.setattr(gptq, "ROWS", 20)
     pieces = gptq.quantize(weight, layers.moments(inputs), parse(name))
     np.testing.assert_array_equal(formats.decode(whole), formats.decode(pieces))
+
+
+@pytest.mark.parametrize("name", ["int4-g16", "uint3-g16", "int4-b16", "mx9"])
+def test_a_stack_is_its_matrices(name):
+    one, other = (layers.layer(6, 40, seed=seed) for seed in (0, 1))
+    hessians = [layers.moments(x) for _, x in (one, other)]
+    got = gptq.quantize(np.stack([one[0], other[0]]), hessians, parse(name))
+    for e, (weight, _) in enumerate((one, other)):
+        alone = gptq.quantize(weight, hessians[e], parse(name))
+        np.testing.assert_array_equal(formats.decode(got)[e], formats.decode(alone))
+
+
+def test_a_stack_has_one_factor():
+    (one, x), (other, y) = (layers.layer(6, 40, seed=seed) for seed in (0, 1))
+    weight, hessians = np.stack([one, other * 8]), [layers.moments(x), layers.moments(y)]
+    got = gptq.quantize(weight, hessians, parse("nvfp4"))
+    assert got.factor == formats.encode(parse("nvfp4"), weight).factor
+    for e in range(2):
+        errors = [
+            formats.decode(each)[e] - weight[e] for each in (got, formats.encode(parse("nvfp4"), weight))
+        ]
+        assert output_error(errors[0], hessians[e]) < 0.8 * output_error(errors[1], hessians[e])
 
 
 def test_only_the_hessians_shape_counts():

@@ -15,8 +15,8 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_t(4, shape).astype(np.float32) * np.float32(0.02)
 
 
-def fit_group(w: np.ndarray, top: int) -> tuple[float, float]:
-    """The reference's loop on one group in float64, in units of a step: (step, zero point)."""
+def fit_group(w: np.ndarray, top: int) -> tuple[float, float, float]:
+    """The reference's loop on one group in float64, in units of a step: (step, zero point, mean error)."""
     step = (w.max() - w.min()) / top
     zero, beta, best = -w.min() / step, 10.0, (np.inf, 0.0)
     for _ in range(20):
@@ -31,22 +31,25 @@ def fit_group(w: np.ndarray, top: int) -> tuple[float, float]:
             e = np.sign(e) * np.maximum(np.abs(e) - np.abs(e) ** (0.7 - 1) / beta, 0)
         zero = np.mean(q - (w / step - e))
         beta *= 1.01
-    return step, best[1]
+    return step, best[1], best[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scales_and_zero_points_are_those_of_the_loop_by_hand(name):
     form, weight = parse(name), noise(6, 45)
     got = hqq.quantize(weight, form)
-    group, top = form.group or 45, (1 << form.bits) - 1
-    differ = 0
+    change = formats.decode(got) - weight
+    group, top, same = form.group or 45, (1 << form.bits) - 1, 0
     for row in range(6):
         for g, first in enumerate(range(0, 45, group)):
-            step, zero = fit_group(weight[row, first : first + group].astype(np.float64), top)
+            part = slice(first, first + group)
+            step, zero, error = fit_group(weight[row, part].astype(np.float64), top)
             assert got.scales[row, g] == pytest.approx(step, rel=1e-6)
-            differ += abs(got.zeros[row, g] - zero) > 1e-4 * top
-    # float32 may see a mean error grow a round earlier or later where two rounds' errors are equal to 1e-7
-    assert differ <= 0.03 * got.zeros.size
+            # With as many errors above as below, a range of zero points has one mean error: float32 and
+            # float64 stop at different ends of it, and who goes on finds a smaller one or none.
+            assert np.abs(change[row, part]).mean() <= error * (1 + 1e-5) + 1e-6 * step
+            same += abs(got.zeros[row, g] - zero) < 1e-4 * top
+    assert same >= 0.6 * got.zeros.size
 
 
 @pytest.mark.parametrize("name", NAMES)
