@@ -271,10 +271,14 @@ def _products(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def _meets_attention(linear: ir.Node) -> bool:
-    forwards = _reaches(linear, lambda node: (n for v in node.outputs for n, _ in v.uses()))
-    return forwards or _reaches(
+    return reaches_attention(linear) or _reaches(
         linear, lambda node: _before(node.inputs[:1] if node is linear else node.inputs)
     )
+
+
+def reaches_attention(linear: ir.Node) -> bool:
+    """Whether the result of a linear comes to attention before it ends at other linears."""
+    return _reaches(linear, lambda node: (n for v in node.outputs for n, _ in v.uses()))
 
 
 def _before(values: Iterable[ir.Value | None]) -> Iterator[ir.Node]:
