@@ -46,7 +46,15 @@ class QuantizeActivations(Pass):
     """
 
     promise: ClassVar[Promise] = Promise.LOSSY
-    after: ClassVar[tuple[str, ...]] = ("clean.opset", "fuse.matmul", "quantize.rtn")
+    after: ClassVar[tuple[str, ...]] = (
+        "clean.opset",
+        "fuse.matmul",
+        "quantize.awq",
+        "quantize.gptq",
+        "quantize.hqq",
+        "quantize.kquant",
+        "quantize.rtn",
+    )
 
     format: str = "int8"
     skip: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +39,8 @@ class Awq(base.WeightPass):
 
     Raises PassError PORT-0280 without calibration feeds.
     """
+
+    calibrates: ClassVar[bool] = True
 
     format: str = "int4-g128"
     scale: bool = True

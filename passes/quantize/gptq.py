@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +35,8 @@ class Gptq(base.WeightPass):
     channels of largest moment first; it makes scales static, as `static_groups` does. Raises PassError
     PORT-0280 without calibration feeds, PORT-0281 when the moments have no inverse.
     """
+
+    calibrates: ClassVar[bool] = True
 
     format: str = "int4-g128"
     damp: float = 0.01

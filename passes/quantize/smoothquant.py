@@ -34,6 +34,7 @@ class SmoothQuant(Pass):
     """
 
     promise: ClassVar[Promise] = Promise.LOSSY  # g / s and W * s are rounded
+    calibrates: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("clean.opset", "clean.constants", "fuse.matmul")
 
     alpha: float = 0.5
