@@ -45,9 +45,9 @@ def codes_of(value: Quantized) -> np.ndarray:
         return packing.unpack(array, CODECS[name].bits, value.length, signed=signed)
     if name in ("int2", "int4"):
         return array.astype(np.int8)
-    if name in ("uint2", "uint4") or (name == "e2m1" and array.dtype.isbuiltin == 1):
+    if name in ("uint2", "uint4") or (name == "e2m1" and array.dtype.isbuiltin != 2):
         return array.astype(np.uint8)
-    plain = array.dtype.isbuiltin == 1 or name == "bf16"
+    plain = array.dtype.isbuiltin != 2 or name == "bf16"
     return array if plain else np.ascontiguousarray(array).view(np.uint8)
 
 

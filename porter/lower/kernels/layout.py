@@ -150,5 +150,5 @@ class Layout:
 def _stored(values: np.ndarray, storage: str) -> np.ndarray:
     """The same numbers where numpy has the type; else (bfloat16, 8-bit floats) their bits."""
     wanted = np.dtype(storage)
-    same_bits = values.dtype.isbuiltin != 1 and values.dtype.itemsize == wanted.itemsize
+    same_bits = values.dtype.isbuiltin == 2 and values.dtype.itemsize == wanted.itemsize
     return np.ascontiguousarray(values).view(wanted) if same_bits else values.astype(wanted, copy=False)
