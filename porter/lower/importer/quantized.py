@@ -38,12 +38,12 @@ def _dequantize(imp: Importer, node: ir.Node, x: Value, scale: Value, zero: Valu
             what = f"codes of type {imp.dtype(tensor)} cannot be lowered here"
             raise TargetError("PORT-0413", what, where=imp.current)
         codes = Quantized(tensor, imp.dtype(tensor))
-    zeros = _nonzero(imp, zero)
+    zeros = nonzero(imp, zero)
     found = replace(codes, scales=scale, zeros=zeros, axis=axis, block=block, raw=False)
     return found if found.constant else _at_run_time(imp, found)
 
 
-def _nonzero(imp: Importer, zero: Value | None) -> Value | None:
+def nonzero(imp: Importer, zero: Value | None) -> Value | None:
     """None for zero points that are all 0."""
     if isinstance(zero, Weight) and not np.any(zero.numpy().astype(np.float32)):
         return None
@@ -122,7 +122,7 @@ def _scale_index(value: Quantized, index: tuple[Any, ...], scales: te.Tensor) ->
 def _quantize(imp: Importer, node: ir.Node, x: Value, scale: Value, zero: Value | None = None) -> Value:
     """Codes saturate(round_half_even(x / scale) + zero), or 8-bit floats, of what is computed at run time."""
     name = _wanted(imp, node)
-    tensor, scales, zeros = imp.tensor(x), imp.tensor(scale), _nonzero(imp, zero)
+    tensor, scales, zeros = imp.tensor(x), imp.tensor(scale), nonzero(imp, zero)
     place = Quantized(tensor, name, None, *_placement(imp, node, len(imp.shape(tensor)), imp.shape(scales)))
     if name in FP8 and zeros is not None:
         raise TargetError("PORT-0416", "a zero point of an 8-bit float has no lowering", where=imp.current)
@@ -133,7 +133,7 @@ def _quantize(imp: Importer, node: ir.Node, x: Value, scale: Value, zero: Value 
             if name in FP8:
                 return encode_float(FP8[name], ratio)
             shift = [tirx.Cast("float32", zero(*_scale_index(place, index, zero))) for zero in z]
-            return _rounded(name, ratio, *shift)
+            return rounded(name, ratio, *shift)
 
         return te.compute(t.shape, element, name="codes")
 
@@ -142,7 +142,8 @@ def _quantize(imp: Importer, node: ir.Node, x: Value, scale: Value, zero: Value 
     return Quantized(codes, name, raw=True) if name in FP8 else codes
 
 
-def _rounded(name: str, ratio: Expr, *shift: Expr) -> Expr:
+def rounded(name: str, ratio: Expr, *shift: Expr) -> Expr:
+    """saturate(round_half_even(ratio) + shift), of the integer type `name`."""
     info = np.iinfo(name)
     code = tirx.nearbyint(ratio)
     code = code + shift[0] if shift else code

@@ -118,7 +118,9 @@ def packed(codes: np.ndarray, bits: int) -> np.ndarray:
 # ------------------------------------------------------------------ blocks of codes
 
 
-def n_bits(bits: int, rows: int, columns: int, block: int, zeros: str, seed: int = 0) -> dict[str, np.ndarray]:
+def n_bits(
+    bits: int, rows: int, columns: int, block: int, zeros: str, seed: int = 0
+) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     groups = -(-columns // block)
     codes = rng.integers(0, 2**bits, (rows, groups, block), np.uint8)
@@ -258,9 +260,7 @@ def test_group_query_attention(past, steps, options):
     feeds, weights, inputs, attributes = gqa(past, steps, **options)
     if past and steps > 1 and "batch" not in options:  # the CPU kernel takes one row then
         feeds, weights, inputs, attributes = gqa(past, steps, batch=1, **options)
-    wanted, found, model = compared(
-        "GroupQueryAttention", feeds, weights, inputs, GQA_OUTPUTS, **attributes
-    )
+    wanted, found, model = compared("GroupQueryAttention", feeds, weights, inputs, GQA_OUTPUTS, **attributes)
     close(found, wanted, 2 * SIZE + past + steps, 8.0)
     assert [v.name for v in model.graph.inputs] == [n for n in feeds if n not in ("seqlens", "total")]
 
@@ -272,9 +272,7 @@ def test_group_query_attention_with_positions_and_bias():
         feeds, weights, inputs, attributes = gqa(
             0, 3, rotary=SIZE, places=places, bias=bias, local_window_size=window
         )
-        wanted, found, _ = compared(
-            "GroupQueryAttention", feeds, weights, inputs, GQA_OUTPUTS, **attributes
-        )
+        wanted, found, _ = compared("GroupQueryAttention", feeds, weights, inputs, GQA_OUTPUTS, **attributes)
         close(found, wanted, 2 * SIZE + 3, 8.0)
 
 
@@ -370,9 +368,7 @@ def attended(feeds: Arrays, weights: Arrays, outputs: Mapping[str, int] | None =
     inputs = [n if n in {**feeds, **weights} else "" for n in MHA_INPUTS]
     while not inputs[-1]:
         inputs.pop()
-    return compared(
-        "MultiHeadAttention", feeds, weights, inputs, outputs, num_heads=HEADS, **attributes
-    )
+    return compared("MultiHeadAttention", feeds, weights, inputs, outputs, num_heads=HEADS, **attributes)
 
 
 @pytest.mark.parametrize("layout", ["apart", "heads"])
@@ -570,7 +566,13 @@ def test_quantizers_of_another_domain(kind):
 
 @pytest.mark.parametrize(
     "x",
-    [noise(3, 7), np.abs(noise(3, 7)), -np.abs(noise(1, 1)), np.zeros((2, 3), np.float32), noise(2, 3, 4) * 1e-3],
+    [
+        noise(3, 7),
+        np.abs(noise(3, 7)),
+        -np.abs(noise(1, 1)),
+        np.zeros((2, 3), np.float32),
+        noise(2, 3, 4) * 1e-3,
+    ],
     ids=["both signs", "positive", "one negative", "zeros", "small"],
 )
 def test_dynamic_quantization_is_the_same_bit_by_bit(x):
@@ -592,9 +594,7 @@ def test_matmul_integer_is_exact_while_sums_are_below_2_to_the_24(kind, zeros):
         weights["zb"] = rng.integers(low, low + 256, count).astype(kind).reshape(count)
     feeds = {"a": rng.integers(0, 256, (2, 3, 37), np.uint8)}
     inputs = ["a", "b"] + ([] if zeros == "none" else ["za", "zb"])
-    wanted, found, _ = compared(
-        "MatMulInteger", feeds, weights, inputs, {"y": TensorProto.INT32}, domain=""
-    )
+    wanted, found, _ = compared("MatMulInteger", feeds, weights, inputs, {"y": TensorProto.INT32}, domain="")
     np.testing.assert_array_equal(found["y"], wanted["y"])
 
 
@@ -652,7 +652,9 @@ def test_qlinear_matmul(columns):
 # ------------------------------------------------------------------ what is refused
 
 
-def refused(code: str, op: str, feeds: Arrays, weights: Arrays, inputs: list[str], opset: int = 24, **attributes):
+def refused(
+    code: str, op: str, feeds: Arrays, weights: Arrays, inputs: list[str], opset: int = 24, **attributes
+):
     node = helper.make_node(op, inputs, ["y"], "the_node", domain="com.microsoft", **attributes)
     model = model_of([node], feeds, weights, {"y": TensorProto.FLOAT}, opset)
     with pytest.raises(PassError, match=rf"{code}.*{op}|{code}.*the_node") as error:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from lowering import compiled
-from weights import FORMATS, model_of, noise
+from lowering import compiled, model, with_weights
+from weights import FORMATS, noise
 
 from porter import formats
 from porter.context import Context
@@ -15,7 +15,8 @@ from porter.pipeline import Pipeline
 
 N, K, E = 37, 75, 3  # no multiple of a group, of a block, of the lanes or of a byte
 SCALED = "mxfp4", "nvfp4", "mx9", "int3-g10", "int4-g33", "fp8-e4m3fn-b128"
-TEXT = """g (float[b,s,75] x, int64[b,s] ids, int64[b,s] picks) => (float y, float rows, float z, float all,
+TEXT = """g (int64[b,s] ids, float[b,s,75] x, int64[b,s] picks, float[37,75] w, float[5,75] v,
+  float[3,37,75] u, float[3,75,37] t, float[5] bias, int64[2] shape, int64[1] one, int64[1] two) => (float y, float rows, float z, float all,
   float some) {
   wt = Transpose<perm=[1,0]>(w) y = MatMul(x, wt) rows = Gather(w, ids)
   flat = Reshape(x, shape) z = Gemm<transB=1>(flat, v, bias)
@@ -37,11 +38,13 @@ def case(request: pytest.FixtureRequest) -> Case:
     given = {"w": noise(N, K), "v": noise(5, K, seed=1), "u": noise(E, N, K, seed=2)}
     turned = {"t": noise(E, K, N, seed=3)}  # [E, K, N]: its columns are outputs
     more = {"bias": noise(5), "shape": np.array([-1, K]), "one": np.array([1]), "two": np.array([2])}
-    source = model_of(TEXT, 24, **given, **turned, **more)
+    source = with_weights(model(TEXT), **given, **turned, **more)
     Pipeline.parse(f"quantize.rtn{{format={request.param} skip=}}").run(source, Context())
     form = formats.parse(request.param)
     stored = {**given, "t": turned["t"].swapaxes(1, 2)}
-    return Case(compiled(source), {n: formats.decode(formats.encode(form, a)) for n, a in stored.items()}, form)
+    return Case(
+        compiled(source), {n: formats.decode(formats.encode(form, a)) for n, a in stored.items()}, form
+    )
 
 
 def product(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,12 +78,17 @@ def near(got: np.ndarray, exact: np.ndarray, bound: np.ndarray) -> None:
 
 
 def test_it_is_stored_as_its_codes(case: Case) -> None:
-    """No buffer is larger than the codes with rows padded to 16 and groups to bytes, and no weight is float."""
+    """All that is stored is codes, rows padded to 16 and groups to bytes, and what belongs to their groups."""
     form = case.form
-    padded = 48 / N  # rows
+    rows = sum(
+        -(-w.shape[-2] // 16) * 16 * w.size // (w.shape[-1] * w.shape[-2]) for w in case.weights.values()
+    )
     group = form.group or K
-    per_group = -(-group * form.bits // 8) * 8 / group if form.bits < 8 else form.bits
-    most = sum(w.size for w in case.weights.values()) * padded * (per_group + 1) / 8
-    codes = [p for p in case.run.imported.parameters if p.bytes >= N * K * form.bits // 8]
-    assert sum(p.bytes for p in codes) <= most
-    assert all(p.dtype != "float32" for p in codes)
+    codes = -(-K // group) * -(-group * form.bits // 8) + -(-K // 16)  # micro-exponents are a bit a pair
+    wide = {"fp32": 4, "fp16": 2, "bf16": 2}.get(form.scale, 1) + (
+        4 if form.zero == "real" else bool(form.zero)
+    )
+    most = rows * (codes + -(-K // group) * wide) + 1000  # the bias and small constants
+    stored = sum(p.bytes for p in case.run.imported.parameters)
+    assert stored <= most
+    assert most < 4 * rows * K, "floats would pass"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from kernels import UNIT, built
 
-from porter.lower.kernels.attention import LOWEST, Attention, Cache, attention
 from porter.formats.packing import pack
+from porter.lower.kernels.attention import LOWEST, Attention, Cache, attention
 
 BATCH, STEPS, LENGTH = 3, 5, 21  # a length that is no multiple of the kernel's tile
 
