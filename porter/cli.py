@@ -33,6 +33,14 @@ Data = Annotated[
         "Default: text the model writes itself."
     ),
 ]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        help="Text or token ids, as for --data, for passes that look at activations, or 'random'. "
+        "Default: text the model writes itself."
+    ),
+]
+Form = Annotated[str, typer.Option(help="Quantized weights in model.onnx: onnx, or contrib (com.microsoft).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 Budget = Annotated[
     str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when it is exceeded.")
@@ -126,9 +134,7 @@ def convert(
         str, typer.Option(help="How weights are cast to it: a pass quantize.METHOD. Default: rtn.")
     ] = "",
     activations: Annotated[str, typer.Option(help="Format that linear layers multiply in, as int8.")] = "",
-    form: Annotated[
-        str, typer.Option(help="Quantized weights in model.onnx: onnx, or contrib (com.microsoft).")
-    ] = "onnx",
+    form: Form = "onnx",
     kv: Annotated[str, typer.Option(help="KV-cache scheme, as int8.")] = "",
     pipeline: Annotated[str, typer.Option(help="Passes to run instead of the target's own.")] = "",
     budget: Budget = "",
@@ -137,6 +143,7 @@ def convert(
     context: Annotated[
         int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
     ] = 0,
+    calibration: Calibration = "",
     keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")] = False,
     json_: Json = False,
 ) -> None:
@@ -159,6 +166,7 @@ def convert(
             seed=seed,
             context=context,
             keep=keep,
+            calibration=calibration,
             repeat=_command(),
             progress=stages.update,
         )

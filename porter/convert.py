@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from porter import __version__, bundle, decoder, graph, registry, target
+from porter.calibrate.feeds import calibration
 from porter.context import Context
 from porter.drift import budget as budgets
 from porter.drift.measure import Runnable, feeds_for, measure, tokenizer_files
@@ -55,6 +56,7 @@ class Options:
     seed: int = 0
     context: int = 0
     keep: bool = False
+    calibration: str = ""
     repeat: str = ""  # the command that does this again, for the report
     progress: Progress = field(default=lambda stage, fraction: None, compare=False)
 
@@ -77,8 +79,10 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
         progress("feeds", 0.0)
         reference = Runnable.of(source)
         feeds = feeds_for(reference, options.data, options.seed)
+        calibrated = calibration(pipeline, reference, options.calibration, options.seed, feeds)
         progress("passes", 0.0)
-        steps = run_passes(pipeline, model, Context(spec, seed=options.seed), progress)
+        context = Context(spec, calibrated.feeds, options.seed)
+        steps = run_passes(pipeline, model, context, progress)
         ported = decoder.recognise(model)
         kept = _kept(model, pipeline)
         graph.save(model, folder / bundle.MODEL)
@@ -87,7 +91,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
         runners = {"passes": ReferenceRunner(folder / bundle.MODEL), "total": _host(folder)}
         ports = {n: Runnable.over(n, r, ported, model, reference.words) for n, r in runners.items()}
         drift = measure(reference, ports, feeds, lambda f: progress("measure", f))
-        facts = _facts(source, spec, pipeline, options)
+        facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
         bundle.write_manifest(folder, ported, facts)
         report = DriftReport.of(
             drift,
@@ -100,6 +104,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             memory=_memory(source, lowered),
             seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
             budget=allowed,
+            calibration=calibrated.facts,
             repeat=options.repeat,
             versions=facts["versions"],
         )

@@ -77,6 +77,7 @@ class DriftReport:
     budget: Mapping[str, float] = field(default_factory=dict)
     repeat: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    calibration: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def total(self) -> Drift:

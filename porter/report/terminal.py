@@ -13,6 +13,7 @@ from porter.report.report import DriftReport
 from porter.report.words import (
     MEASURES,
     amount,
+    calibrated,
     clean,
     evidence,
     kept,
@@ -37,6 +38,8 @@ def render(report: DriftReport) -> RenderableType:
 def _parts(report: DriftReport) -> Iterator[RenderableType]:
     yield Text(title(report), style="bold")
     yield Text(f"on {evidence(report)}", style="dim")
+    if report.calibration:
+        yield Text(f"calibrated on {calibrated(report)}", style="dim")
     if report.drift:
         yield _drift(report)
     if report.context:

@@ -32,6 +32,12 @@ ROWS = {
     "prefill": "positions computed many at a time",
     "decode": "positions computed one token at a time, through the cache",
 }
+KINDS = {
+    "text": "text",
+    "tokens": "given token ids",
+    "self-generated": "text that the reference wrote itself",
+    "random": "random tokens, which say little about real use",
+}
 _SHARES = ("top1", "rms_dp")
 
 
@@ -115,12 +121,17 @@ def _kept(group: Kept) -> str:
 def evidence(report: DriftReport) -> str:
     """What the drift was measured on, and what that is worth."""
     f = report.feeds
-    kind = {
-        "text": "text",
-        "tokens": "given token ids",
-        "self-generated": "text that the reference wrote itself",
-        "random": "random tokens, which say little about real use",
-    }.get(str(f.get("kind")), clean(f.get("kind", "unknown feeds")))
+    kind = KINDS.get(str(f.get("kind")), clean(f.get("kind", "unknown feeds")))
     counts = f"{f.get('sequences', '?')} sequences, {f.get('tokens', '?')} scored tokens"
     short = f"; {f['short']} of them too short for all decode steps" if f.get("short") else ""
     return f"{kind} ({clean(f.get('source', ''))}): {clean(counts)}{clean(short)}"
+
+
+def calibrated(report: DriftReport) -> str:
+    """What passes that look at activations were fed; empty when there were none."""
+    f = report.calibration
+    if not f:
+        return ""
+    counts = f"{f.get('sequences', '?')} sequences, {f.get('tokens', '?')} tokens"
+    kind = KINDS.get(str(f.get("kind")), clean(f.get("kind", "unknown feeds")))
+    return f"{kind} ({clean(f.get('source', ''))}): {clean(counts)}"

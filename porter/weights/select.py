@@ -112,14 +112,33 @@ def choose(
     stands in both is not skipped, so that `only=head` need not undo a `skip=embedding+head`. Raises PassError
     PORT-0256 for a word that is no role and fits no initializer's name.
     """
+    return pick(matrices(graph), graph, skip, only, where)
+
+
+def pick(
+    found: list[Matrix], graph: ir.Graph, skip: tuple[str, ...], only: tuple[str, ...] = (), where: str = ""
+) -> list[Matrix]:
+    """Those of `found` that `choose` would take. Raises what it does."""
     for option, listed in (("skip", skip), ("only", only)):
         for word in listed:
             if word not in (*ROLES, "linear") and not any(fnmatchcase(n, word) for n in graph.initializers):
                 what = f"{option} names {word!r}, which is no role and no weight's name"
                 raise PassError("PORT-0256", what, where=where, hint=f"roles: {', '.join(ROLES)}, linear")
     skip = tuple(word for word in skip if word not in only)
-    found = matrices(graph)
     return [m for m in found if (not only or _named(m, only)) and not _named(m, skip)]
+
+
+def multiplied_codes(graph: ir.Graph) -> list[Matrix]:
+    """Every matrix that is stored in codes; its uses are the products that it is the right side of."""
+    heads, products = _head_nodes(graph), {}
+    for node in graph:
+        value = _stored(node.inputs[1]) if is_linear(node) and not node.domain else None
+        if value is not None and value.const_value.dtype not in (*FLOATS, ir.DataType.DOUBLE):
+            products.setdefault(value, []).append(Use(node, True))
+    return [
+        Matrix(value, value.const_value, tuple(uses), frozenset(_role(value, use, heads) for use in uses))
+        for value, uses in products.items()
+    ]
 
 
 def _named(matrix: Matrix, listed: tuple[str, ...]) -> bool:
@@ -252,10 +271,14 @@ def _products(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def _meets_attention(linear: ir.Node) -> bool:
-    forwards = _reaches(linear, lambda node: (n for v in node.outputs for n, _ in v.uses()))
-    return forwards or _reaches(
+    return reaches_attention(linear) or _reaches(
         linear, lambda node: _before(node.inputs[:1] if node is linear else node.inputs)
     )
+
+
+def reaches_attention(linear: ir.Node) -> bool:
+    """Whether the result of a linear comes to attention before it ends at other linears."""
+    return _reaches(linear, lambda node: (n for v in node.outputs for n, _ in v.uses()))
 
 
 def _before(values: Iterable[ir.Value | None]) -> Iterator[ir.Node]:
@@ -279,18 +302,18 @@ def is_linear(node: ir.Node) -> bool:
     """Whether a node multiplies by a constant matrix, floats or codes: MatMul, Gemm, or com.microsoft's."""
     if node.op_type.startswith("MatMulNBits"):
         return True
-    return node.op_type in ("MatMul", "Gemm") and _is_stored(node.inputs[1])
+    return node.op_type in ("MatMul", "Gemm") and _stored(node.inputs[1]) is not None
 
 
-def _is_stored(value: ir.Value | None) -> bool:
-    """Whether a factor is a constant of two axes or more, as stored or after decoding."""
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The constant of two axes or more that a factor is, as stored or after decoding; None for all else."""
     while value is not None and value.producer() is not None:
         node = value.producer()
         if node.op_type not in _STORAGE and node.domain != "porter":
-            return False
+            return None
         value = node.inputs[0]
     tensor = None if value is None or value.is_graph_input() else value.const_value
-    return tensor is not None and len(tensor.shape) > 1
+    return value if tensor is not None and len(tensor.shape) > 1 else None
 
 
 def _weighs(node: ir.Node) -> bool:
