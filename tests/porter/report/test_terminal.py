@@ -121,3 +121,13 @@ def test_a_comparison_names_both_models() -> None:
         model={"name": "b", "reference": "a"}, target="", pipeline="", feeds={}, drift={"total": Drift()}
     )
     assert title(report) == "b against a"
+
+
+def test_calibration_is_said(make_report):
+    fed = {"kind": "random", "source": "uniform\x1b[2J", "sequences": 4, "tokens": 77}
+    text = " ".join(shown(make_report(calibration=fed)).split())
+    assert (
+        "calibrated on random tokens, which say little about real use (uniform\\x1b[2J): 4 sequences, 77"
+        in text
+    )
+    assert "calibrated" not in shown(make_report())
