@@ -1,4 +1,4 @@
-"""A tiny decoder with loud channels, feeds to calibrate it on, and how far a port's logits are from its own."""
+"""A tiny decoder with loud channels, feeds to calibrate it on, and how far a port's logits are from it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 import calibrated
 import decoders
 import numpy as np
-import onnx_ir as ir
 import pytest
 from porter.passes.quantize.awq import Awq
 from porter.passes.quantize.rtn import RoundToNearest

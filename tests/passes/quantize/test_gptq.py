@@ -42,7 +42,7 @@ def test_each_layer_is_rounded_for_what_the_rounded_layers_before_it_produce(fus
             wanted = formats.packing.pack(gptq.quantize(matrix.read(), moments(source, x), form).codes, 3)
             differ[matrix.name, kind] = np.mean(got != wanted)
     # A sweep runs the model in pieces and the whole is run at once: sums may be ordered otherwise, and a code
-    # that lies 1e-6 from the middle between two may then fall to the other side, with what follows in its row.
+    # 1e-6 from the middle between two may then fall to the other side, with what follows in its row.
     assert max(v for (_, kind), v in differ.items() if kind == "rounded") < 0.02
     assert np.mean([v for (name, kind), v in differ.items() if kind == "float" and ".1." in name]) > 0.1
 
