@@ -7,10 +7,10 @@
 produces x, where `porter.weights.fold` can do so exactly; else it is 1. Which layers were folded, and why
 others were not, is written into the model's metadata (`porter.quantize.awq`).
 
-Two sweeps over the calibration feeds. The first, through the float model, gathers mean|x| and the sum of x x^T for
-each layer; folding changes no layer's output, so the scales hold for the model with all of them folded. The
-second goes through what rounding makes of that model, layer by layer, and clips and rounds each for what the
-rounded layers before it produce. Query, key and value are not clipped. No activations are kept.
+Two sweeps over the calibration feeds. The first, through the float model, gathers mean|x| and the sum of
+x x^T for each layer; folding changes no layer's output, so the scales hold for the model with all of them
+folded. The second goes through what rounding makes of that model, layer by layer, and clips and rounds each
+for what the rounded layers before it produce. Query, key and value are not clipped. No activations are kept.
 Tables and stacks of experts are rounded to nearest.
 """
 

@@ -3,14 +3,13 @@
     MatMul(x, Transpose(W[N,K]))  ->  MatMul(x, Transpose(DequantizeLinear(Q[N,K], scale)))
 
 Stored as `quantize.rtn` stores them; `porter.methods.gptq` chooses codes. It needs the second moments of each
-x: the calibration feeds run through the model layer by layer, each layer seeing what the rounded layers before
-it produce. Of x only the sum of x x^T is kept. Matrices that read one x share it; a stack of experts has one
-for each expert where x comes apart by expert, else one for all. Tables are rounded to nearest.
+x: the calibration feeds run through the model layer by layer, each layer seeing what the rounded layers
+before it produce. Of x only the sum of x x^T is kept. Matrices that read one x share it; a stack of experts
+has one for each expert where x comes apart by expert, else one for all. Tables are rounded to nearest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -3,9 +3,9 @@
     Norm(h, g)                    ->  Norm(h, g / s)
     MatMul(x, Transpose(W[N,K]))  ->  MatMul(x, Transpose((W * s)[N,K]))
 
-Nothing is rounded: `quantize.rtn` and `quantize.activations` come after. `porter.methods.smoothquant` chooses s from
-the largest |x| of each channel over the calibration feeds, which run through the model once; nothing else is kept
-of x. Matrices that read x share s, chosen or not. s is folded into what produces x where
+Nothing is rounded: `quantize.rtn` and `quantize.activations` come after. `porter.methods.smoothquant` chooses
+s from the largest |x| of each channel over the calibration feeds, which run through the model once; nothing
+else is kept of x. Matrices that read x share s, chosen or not. s is folded into what produces x where
 `porter.weights.fold` can do so exactly, else the layer stays as it is; the model's metadata
 (`porter.quantize.smoothquant`) says which and why.
 """

@@ -49,8 +49,8 @@ def quantize(
 ) -> Encoded:
     """Round `weight` [N,K] to `form` under `hessian` [K,K], of any float type and up to any factor.
 
-    A stack [E,N,K] takes a Hessian each, [E,K,K]. `damp` times the mean of the diagonal is added to it. Raises
-    PassError PORT-0281 when a Hessian is not finite or, damped, not positive definite.
+    A stack [E,N,K] takes a Hessian each, [E,K,K]. `damp` times the mean of the diagonal is added to it.
+    Raises PassError PORT-0281 when a Hessian is not finite or, damped, not positive definite.
     """
     weight = np.asarray(weight, np.float32)
     found = formats.encode(form, weight)

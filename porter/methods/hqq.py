@@ -24,7 +24,7 @@ NORM, BETA, GROWTH, ROUNDS = 0.7, 10.0, 1.01, 20
 
 
 def quantize(weight: np.ndarray, form: Format) -> Encoded:
-    """Fit `weight` [N,K] or [E,N,K]; the result's format is `grid.asymmetric(form)`: int4 and uint4 mean the same.
+    """Fit `weight` [N,K] or [E,N,K]; its format is `grid.asymmetric(form)`: int4 and uint4 mean the same.
 
     Raises PassError PORT-0282 for a format that has no free scales.
     """

@@ -21,7 +21,7 @@ from porter.methods import grid
 
 
 def quantize(weight: np.ndarray, form: Format) -> Encoded:
-    """Fit `weight` [N,K] or [E,N,K]: to `grid.asymmetric(form)` where the format has zero points, else to itself.
+    """Fit `weight` [N,K] or [E,N,K] to the format: to `grid.asymmetric(form)` where it has zero points.
 
     Raises PassError PORT-0282 for a format that has no free scales.
     """

@@ -1,4 +1,4 @@
-"""Divide a value x [..., K] by s [K], and multiply the columns of the matrices that read it by s: the same model.
+"""Divide a value x [..., K] by s [K], and multiply the columns of the matrices that read it: the same model.
 
     RMSNormalization(h, g)         ->  RMSNormalization(h, g / s)       LayerNormalization's bias too
     Mul(h, g)                      ->  Mul(h, g / s)                    g constant [K]

@@ -1,7 +1,7 @@
 """Layers: the chosen matrices by what they multiply, in the order in which a model runs them.
 
-Matrices that multiply one value x (query, key and value; gate and up) see the same inputs: their statistics are
-gathered once, and whoever rescales x has to do right by all of them.
+Matrices that multiply one value x (query, key and value; gate and up) see the same inputs: their statistics
+are gathered once, and whoever rescales x has to do right by all of them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _products(node: ir.Node, direct: bool) -> Iterator[Product]:
 
 
 def feeds_attention(matrix: Matrix) -> bool:
-    """Whether a product of the matrix goes into attention before it meets another matrix: query, key, value."""
+    """Whether the result goes into attention before it meets another matrix: of query, key, value."""
     return any(select.reaches_attention(p.node) for p in products(matrix))
 
 
