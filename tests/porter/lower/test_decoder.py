@@ -18,7 +18,7 @@ from porter.run.host import HostRunner
 
 BOUNDS = {"batch": 4, "sequence": 8, "past": 64}
 CAPACITY = 200  # larger than anything else in the model, so that what has its size is a cache
-# One of every way to store a weight: packed bytes, zero points, two levels of scales, micro-exponents, blocks.
+# Every way to store a weight: packed bytes, zero points, two levels of scales, micro-exponents, blocks.
 FORMATS = (
     "int3-g10",
     "uint4-g32",

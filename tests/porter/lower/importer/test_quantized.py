@@ -201,20 +201,33 @@ def test_a_quantized_constant_that_no_kernel_reads_is_widened() -> None:
         np.testing.assert_array_equal(got, wanted)
 
 
-def test_refused() -> None:
-    with pytest.raises(TargetError, match="PORT-0421"):
-        imported(model("g (uint8[3,2] p) => (float y) { y = porter.DecodeE2M1<length=4>(p) }"))
-    with pytest.raises(TargetError, match="PORT-0421"):
-        imported(
-            model("g (float[3,4] x, float[3,2] s) => (float y) { y = porter.ScaleBlocks<block=2>(x, s) }")
-        )
-    with pytest.raises(TargetError, match="PORT-0416"):
-        imported(
-            model("g (float[b,4] x, float s) => (uint4 y) { y = QuantizeLinear<output_dtype=21>(x, s) }")
-        )
-    with pytest.raises(TargetError, match="PORT-0413"):
-        text = "g (float[b,4] x, float s) => (float8e4m3fn y) { y = QuantizeLinear<output_dtype=17>(x, s) }"
-        imported(model(text))
+REFUSED = {
+    "bytes that are computed": (
+        "PORT-0421",
+        "(uint8[3,2] p) => (float y) { y = porter.DecodeE2M1<length=4>(p) }",
+    ),
+    "floats in blocks": (
+        "PORT-0421",
+        "(float[3,4] x, float[3,2] s) => (float y) { y = porter.ScaleBlocks<block=2>(x, s) }",
+    ),
+    "nibbles at run time": (
+        "PORT-0416",
+        "(float[b,4] x, float s) => (uint4 y) { y = QuantizeLinear<output_dtype=21>(x, s) }",
+    ),
+    "an 8-bit float as a tensor": (
+        "PORT-0413",
+        "(float[b,4] x, float s) => (float8e4m3fn y) { y = QuantizeLinear<output_dtype=17>(x, s) }",
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "text"), REFUSED.values(), ids=REFUSED)
+def test_refused(code: str, text: str) -> None:
+    source = model(f"g {text}")
+    with pytest.raises(TargetError) as caught:
+        imported(source)
+    assert caught.value.code == code
+    assert caught.value.where
 
 
 def test_a_zero_point_of_zero_is_none() -> None:

@@ -121,3 +121,12 @@ def test_the_pad_of_an_odd_row_of_nibbles_does_not_touch_the_sum(kernels: dict) 
     x[0, 32] = np.inf
     buffers = [layout.pack_codes(np.ones((5, 33), np.int8)), layout.pack_scales(np.ones((5, 2), np.float32))]
     assert np.all(kernels[layout][0](x, *buffers, shape=(1, 5)) == np.inf)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16, np.int8])
+def test_numbers_of_a_file_s_byte_order_are_packed_as_numbers(kind: type) -> None:
+    codes = np.arange(35, dtype=kind).reshape(5, 7)
+    layout = Layout({"float32": "fp32", "float16": "fp16", "int8": "int8"}[np.dtype(kind).name], 5, 7)
+    swapped = codes.astype(np.dtype(kind).newbyteorder(">"))
+    for given in (codes, codes.astype(np.dtype(kind).newbyteorder("<")), swapped):
+        np.testing.assert_array_equal(layout.pack_codes(given), layout.pack_codes(codes))
