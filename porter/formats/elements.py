@@ -88,12 +88,15 @@ class Float:
 
         A midpoint has one significant bit more than its neighbours, so float32 holds it; a tie goes to the
         even code, whose last mantissa bit is 0, and up between powers of two without a mantissa. The last
-        midpoint is the one above the largest value: beyond it a magnitude overflows.
+        midpoint is the one above the largest value: beyond it a magnitude overflows. Between e8m0's two
+        smallest all goes up, as ONNX Cast and `ml_dtypes` have it: they round as if its code 0 were zero.
         """
         finite = np.array([self._finite(code) for code in range(self._top + 2)])
         middle = ((finite[:-1] + finite[1:]) / 2).astype(np.float32)
         up = slice(None) if self.special == "fnu" else slice(1, None, 2)
         middle[up] = np.nextafter(middle[up], np.float32(0))
+        if self.special == "fnu":
+            middle[0] = finite[0]
         return middle
 
     def decode(self, codes: np.ndarray) -> np.ndarray:

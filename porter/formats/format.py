@@ -60,7 +60,17 @@ class Format:
         """The largest value of an element before any scale."""
         return float(self.elements.largest) / (1 << self.fraction)
 
-    def scales(self, rows: int, columns: int) -> tuple[int, int]:
+    @property
+    def rule(self) -> str:
+        """How scales are chosen: a name of `porter.formats.scales.RULES`, or "" without scales."""
+        by_scale = {"": "", "e8m0": "micro" if self.micro else "mx", "e4m3fn": "nvfp4"}
+        if self.scale in by_scale:
+            return by_scale[self.scale]
+        if self.zero:
+            return "asymmetric"
+        return "competing" if isinstance(self.elements, Integer) and self.bits < 8 else "symmetric"
+
+    def groups(self, rows: int, columns: int) -> tuple[int, int]:
         """How many scales a matrix of `rows` by `columns` has: R along the rows, G along the columns."""
         return -(-rows // (self.rows or rows)), -(-columns // (self.group or columns))
 
@@ -72,7 +82,7 @@ class Format:
         if not self.scale:
             return self.bits
         zero = {"": 0, "code": self.bits, "real": 32}[self.zero]
-        r, g = self.scales(rows, columns)
+        r, g = self.groups(rows, columns)
         extra = r * g * (8 * SCALES[self.scale].itemsize + zero)
         extra += rows * -(-columns // self.micro) if self.micro else 0
         extra += 32 if self.scale == "e4m3fn" else 0

@@ -13,7 +13,7 @@ import numpy as np
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """int8 or uint8 [..., K], the low `bits` of each -> uint8 [..., ceil(K * bits / 8)]."""
     apart = np.unpackbits(codes.view(np.uint8)[..., None], axis=-1, count=bits, bitorder="little")
-    return np.packbits(apart.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+    return np.packbits(apart.reshape(*codes.shape[:-1], codes.shape[-1] * bits), axis=-1, bitorder="little")
 
 
 def unpack(packed: np.ndarray, bits: int, count: int, signed: bool = False) -> np.ndarray:

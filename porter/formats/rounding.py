@@ -9,16 +9,17 @@ from porter.formats import scales as choice
 from porter.formats.format import Encoded, Format, Scales
 
 
-def encode(form: Format, values: np.ndarray) -> Encoded:
+def encode(form: Format, values: np.ndarray, factor: np.float32 | None = None) -> Encoded:
     """Finite floats [N, K] or [E, N, K], no axis empty -> codes and what they are multiplied by.
 
     The scales are chosen and stored first; each code is then the nearest under them, ties to even,
-    saturating. Where two scales compete, the one with the smaller squared error in its group wins.
+    saturating. Where two scales compete, the one with the smaller squared error in its group wins. `factor`
+    is NVFP4's for the whole matrix (`scales.whole_factor`), where the values are only a part of it.
     """
     values = np.asarray(values, np.float32)
     if not form.scale:
         return Encoded(form, form.elements.encode(values))
-    encoded, *others = (nearest(form, values, each) for each in choice.candidates(form, values))
+    encoded, *others = (nearest(form, values, each) for each in choice.candidates(form, values, factor))
     for other in others:
         encoded = _better(values, encoded, other)
     return encoded
