@@ -25,8 +25,8 @@ def feeds(
     """A step's feeds: `tokens` [batch, sequence] after `past` cached ones (one length, or int64 [batch]).
 
     Positions are past + arange; the mask is ones [batch, past + sequence], or up to the longest row, and 0
-    for what a shorter row has not; token types are zeros; `last` and `total` count valid tokens. Types are int64 unless `inputs` says otherwise, and
-    positions that `inputs` has with one axis get one row.
+    for what a shorter row has not; token types are zeros; `last` and `total` count valid tokens. Types are
+    int64 unless `inputs` says otherwise, and positions that `inputs` has with one axis get one row.
     """
     batch, sequence = tokens.shape
     before = np.broadcast_to(np.asarray(past, np.int64), (batch,))
