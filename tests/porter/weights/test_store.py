@@ -148,7 +148,7 @@ def test_stored_bytes_are_what_the_format_says(name: str) -> None:
     bits = 8 * sum(v.const_value.nbytes for v in model.graph.initializers.values())
     claimed = formats.parse(name).bits_per_weight(128, 640) * 128 * 640
     form = formats.parse(name)
-    groups = form.scales(128, 640)
+    groups = form.groups(128, 640)
     if form.zero and form.element not in store.TYPED:  # a byte each
         claimed += (8 - form.bits) * groups[0] * groups[1]
     if form.zero and form.rows > 1 and form.element in store.TYPED:
