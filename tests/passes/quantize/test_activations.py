@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from lowering import compiled, reference
 from porter.passes.quantize.activations import ELEMENTS, QuantizeActivations
 from porter.passes.quantize.rtn import RoundToNearest
 from weights import FORMATS, model_of, noise
@@ -203,6 +204,29 @@ def test_the_channels_are_the_weights_where_the_shape_of_x_is_open() -> None:
         value.shape = None
     with pytest.raises(PassError, match="PORT-0298"):
         quantized(model)
+
+
+# ------------------------------------------------------------------ lowered
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("int8", "int8_by_int8"), ("fp8-e4m3fn", "by_e4m3fn")])
+def test_a_whole_decoder_multiplies_codes_when_lowered(name: str, kernel: str) -> None:
+    """W8A8 beside ONNX Runtime. Both round the same numbers, but each sums in its own order: an activation on
+    the edge between two codes falls either way, so what differs is a small part of what rounding itself
+    changed: a tenth, where all roundings would have to fall the other way to make it whole."""
+    model = decoders.tiny_decoder(hidden=64, ffn=172, tied=False)
+    RoundToNearest(format=name).run(model, Context())
+    floats = model.clone()
+    assert quantized(model, format=name) == 8
+    tokens = np.random.default_rng(3).integers(0, 61, (2, 7))
+    fed = {"input_ids": tokens} | decoders.empty_cache(model, 2, 5, seed=1)
+    run = compiled(model, {"batch": 4, "sequence": 8, "past": 32})
+    lowered, wanted, unrounded = (f(fed)[0] for f in (run, reference(model), reference(floats)))
+    cost = np.sqrt(np.mean((wanted - unrounded) ** 2))
+    assert cost > 0
+    assert np.sqrt(np.mean((lowered - wanted) ** 2)) < 0.1 * cost
+    names = [v.name_hint for v in run.planned.module.get_global_vars()]
+    assert sum(kernel in each for each in names) >= 4  # the shapes of a layer's four products
 
 
 # ------------------------------------------------------------------ options
