@@ -64,8 +64,8 @@ def measure(row: Row, source: Path, stories: Path) -> dict[str, object]:
 
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "bundle"
-        asked = "" if row.weights == "fp32" else row.weights
-        options = Options(weights=asked, method=row.method, activations=row.activations, data=str(stories))
+        asked = {} if row.weights == "fp32" else {"weights": row.weights, "method": row.method}
+        options = Options(**asked, activations=row.activations, data=str(stories))
         report = convert(source, out, options)
         size = sum(f.stat().st_size for f in out.glob("model.onnx*"))
     drift = report.drift["total"].to_json()
