@@ -41,6 +41,17 @@ Calibration = Annotated[
     ),
 ]
 Form = Annotated[str, typer.Option(help="Quantized weights in model.onnx: onnx, or contrib (com.microsoft).")]
+Capacity = Annotated[
+    int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
+]
+DecodeSteps = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Tokens before each context length that go one by one through a quantized cache when drift is "
+        "measured (0: 16; as many as the context: all).",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 Budget = Annotated[
     str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when it is exceeded.")
@@ -140,9 +151,8 @@ def convert(
     budget: Budget = "",
     data: Data = "",
     seed: Seed = 0,
-    context: Annotated[
-        int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
-    ] = 0,
+    context: Capacity = 0,
+    decode: DecodeSteps = 0,
     calibration: Calibration = "",
     keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")] = False,
     json_: Json = False,
@@ -165,6 +175,7 @@ def convert(
             data=data,
             seed=seed,
             context=context,
+            decode=decode,
             keep=keep,
             calibration=calibration,
             repeat=_command(),

@@ -16,8 +16,9 @@ import onnx_ir as ir
 from porter import __version__, bundle, decoder, graph, registry, target
 from porter.calibrate.feeds import calibration
 from porter.context import Context
+from porter.drift import attention
 from porter.drift import budget as budgets
-from porter.drift.measure import Runnable, feeds_for, measure, tokenizer_files
+from porter.drift.measure import SINGLE, Runnable, feeds_for, measure, tokenizer_files
 from porter.errors import DriftError, OptionError
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
@@ -28,6 +29,7 @@ from porter.weights import select
 from porter.weights.base import WeightPass
 
 if TYPE_CHECKING:
+    from porter.drift.feeds import TokenFeeds
     from porter.lower.plan import Plan
     from porter.run.host import HostRunner
 
@@ -55,6 +57,7 @@ class Options:
     data: str = ""
     seed: int = 0
     context: int = 0
+    decode: int = 0  # tokens before each context length that a quantized cache is measured on; 0: SINGLE
     keep: bool = False
     calibration: str = ""
     repeat: str = ""  # the command that does this again, for the report
@@ -71,6 +74,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     started, progress = time.perf_counter(), options.progress
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
+    single = _single(pipeline, options)
     with bundle.writing(out) as folder:
         progress("load", 0.0)
         model = graph.load(source)
@@ -78,7 +82,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
         _copy_tokenizer(source, folder)
         progress("feeds", 0.0)
         reference = Runnable.of(source)
-        feeds = feeds_for(reference, options.data, options.seed)
+        feeds = feeds_for(reference, options.data, options.seed, full=bool(single))
         calibrated = calibration(pipeline, reference, options.calibration, options.seed, feeds)
         progress("passes", 0.0)
         context = Context(spec, calibrated.feeds, options.seed)
@@ -90,7 +94,8 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
         progress("measure", 0.0)
         runners = {"passes": ReferenceRunner(folder / bundle.MODEL), "total": _host(folder)}
         ports = {n: Runnable.over(n, r, ported, model, reference.words) for n, r in runners.items()}
-        drift = measure(reference, ports, feeds, lambda f: progress("measure", f))
+        drift = measure(reference, ports, feeds, lambda f: progress("measure", f), single)
+        heads = _heads(folder, ports["total"], feeds, progress) if single else []
         facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
         bundle.write_manifest(folder, ported, facts)
         report = DriftReport.of(
@@ -101,6 +106,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             pipeline=str(pipeline),
             stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
             kept=kept,
+            attention=heads,
             memory=_memory(source, lowered),
             seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
             budget=allowed,
@@ -175,6 +181,25 @@ def casts_weights(name: str) -> bool:
     """Whether the pass of that name is a method that casts weights."""
     found = registry.find(name)
     return isinstance(found, type) and issubclass(found, WeightPass)
+
+
+def _single(pipeline: Pipeline, options: Options) -> int:
+    """How many tokens before each context length are decoded one at a time; 0 where no cache is quantized.
+
+    Raises OptionError PORT-0606 when that is asked for then.
+    """
+    if any(p.name == "kv.quantize" for p in pipeline.passes):
+        return options.decode or SINGLE
+    if options.decode:
+        what = "no cache is quantized, so --decode would change nothing"
+        raise OptionError("PORT-0606", what, hint="give --kv SCHEME too, or leave it out")
+    return 0
+
+
+def _heads(folder: Path, port: Runnable, feeds: TokenFeeds, progress: Progress) -> list[attention.Head]:
+    """What the port's cache does to each head."""
+    model = _standard(graph.load(folder / bundle.MODEL))
+    return attention.heads(model, port.decoder, port.runner, feeds, lambda f: progress("attention", f))
 
 
 def _kept(model: ir.Model, pipeline: Pipeline) -> list[select.Kept]:

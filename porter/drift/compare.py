@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,9 +25,9 @@ class Comparison:
     """A candidate's drift over all scored positions, by phase, and by context length.
 
     `prefill` are positions computed many at a time, `decode` those computed one token at a time through the
-    cache. `context` holds (up to so many tokens in view, drift), each from the one before. `decode_steps`
-    is the smallest and largest number of decode steps among the texts; `short` of `texts` had room for
-    fewer than were asked for.
+    cache. `context` holds (up to so many tokens in view, drift), each from the one before, over the positions
+    of `context_phase`: `decode`, or `all`. `decode_steps` is the smallest and largest number of decode steps
+    among the texts; `short` of `texts` had room for fewer than were asked for.
     """
 
     total: Drift
@@ -37,11 +37,15 @@ class Comparison:
     texts: int = 0
     decode_steps: tuple[int, int] = (0, 0)
     short: int = 0
+    context_phase: str = "all"
 
     def context_json(self) -> list[dict[str, object]]:
         """One object a bucket: `tokens` is the context length, `positions` how many were scored."""
         rows = ((up_to, drift.to_json()) for up_to, drift in self.context)
-        return [{**row, "tokens": up_to, "positions": row["tokens"]} for up_to, row in rows]
+        return [
+            {**row, "tokens": up_to, "positions": row["tokens"], "phase": self.context_phase}
+            for up_to, row in rows
+        ]
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def compare(
     prefill: int | None = None,
     decode_steps: int = 64,
     window: int | None = None,
+    at: Sequence[int] = (),
     batch: int = 1,
     also: Mapping[str, tuple[str, str]] | None = None,
     progress: Progress = lambda done, total: None,
@@ -83,6 +88,9 @@ def compare(
     A text longer than `window` (the context length) is cut into windows, each starting from an empty cache.
     A window is a prefill of `prefill` tokens (default: all but the last `decode_steps`), then
     `decode_steps` single tokens through the cache, then what is left in one piece, which counts as prefill.
+    With context lengths `at`, the `decode_steps` tokens up to each of them are single instead, and drift by
+    context length is that of these alone: what a cache costs whose newest tokens are kept apart shows only
+    there, since in a longer piece every query sees what the last one's step made of the cache.
     `batch` windows of similar length run side by side; the shorter are padded at the end, where a causal
     model cannot look. `also` names more pairs (from, to) among "reference" and the candidates: {"lowering":
     ("passes", "total")}. Only the logits of one step of each model are in memory at a time. `progress` gets
@@ -97,12 +105,17 @@ def compare(
     windows = cut(feeds, window)
     done, steps = 0, []
     for group in _groups(windows, batch):
-        parts = list(_schedule(group, prefill, decode_steps))
+        longest = max(w.fed for w in group)
+        first = _prefilled(group, prefill, decode_steps)
+        single = singles(at, decode_steps) if at else range(first, first + decode_steps)
+        parts = list(schedule(longest, single))
         _run(group, parts, makers, pairs, sums)
         steps += [_decoded(w, parts) for w in group]
         done += len(group)
         progress(done, len(windows))
-    return {name: _comparison(s, len(feeds.sequences), steps, decode_steps) for name, s in sums.items()}
+    wanted = max(steps) if at else decode_steps
+    phase = DECODE if at else None
+    return {name: _comparison(s, len(feeds.sequences), steps, wanted, phase) for name, s in sums.items()}
 
 
 def encode(
@@ -128,7 +141,7 @@ def encode(
     ]
     done = 0
     for group in _groups(pieces, batch):
-        tokens, mask = _padded([w.tokens for w in group])
+        tokens, mask = padded([w.tokens for w in group])
         hidden = {name: run(tokens, mask) for name, run in {REFERENCE: reference, **candidates}.items()}
         for name, (a, b) in pairs.items():
             for row, piece in enumerate(group):
@@ -214,21 +227,25 @@ def _prefilled(group: Sequence[Window], prefill: int | None, decode_steps: int) 
     return min(max(1, wanted), shortest)
 
 
-def _schedule(group: Sequence[Window], prefill: int | None, decode_steps: int) -> Iterator[Part]:
-    longest = max(w.fed for w in group)
-    first = _prefilled(group, prefill, decode_steps)
-    last = min(first + decode_steps, longest)
-    yield Part(0, first, PREFILL)
-    yield from (Part(i, i + 1, DECODE) for i in range(first, last))
-    if last < longest:
-        yield Part(last, longest, PREFILL)
+def singles(at: Sequence[int], steps: int) -> set[int]:
+    """Positions of the last `steps` tokens of each context length; a text's first is never one of them."""
+    return {i for length in at for i in range(max(1, length - steps), length)}
+
+
+def schedule(longest: int, single: Collection[int]) -> Iterator[Part]:
+    """Steps over `longest` positions: those of `single` one by one, each run of others in one piece."""
+    start = 0
+    for i in range(1, longest + 1):
+        if i == longest or i in single or i - 1 in single:
+            yield Part(start, i, DECODE if start in single else PREFILL)
+            start = i
 
 
 def _decoded(w: Window, parts: Sequence[Part]) -> int:
     return sum(part.phase == DECODE and part.start < w.fed for part in parts)
 
 
-def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Rows side by side, int64 [batch, longest], padded with their last token; and the mask, 1 where real."""
     longest = max(map(len, rows))
     tokens = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in rows])
@@ -236,7 +253,7 @@ def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _step(session: Session, group: Sequence[Window], part: Part) -> np.ndarray:
-    tokens = _padded([w.tokens[:-1] for w in group])[0][:, part.start : part.stop]
+    tokens = padded([w.tokens[:-1] for w in group])[0][:, part.start : part.stop]
     logits = np.asarray(session.step(tokens))
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         what = f"logits of shape {logits.shape} for tokens of shape {tokens.shape}"
@@ -265,9 +282,11 @@ def _add(to: Accumulator, a: np.ndarray, b: np.ndarray, group: Sequence[Window],
         to.add(scores, w.text, part.start + 1, part.phase)
 
 
-def _comparison(sums: Accumulator, texts: int, steps: list[int], wanted: int) -> Comparison:
+def _comparison(
+    sums: Accumulator, texts: int, steps: list[int], wanted: int, phase: int | None
+) -> Comparison:
     drifts = [
-        (up_to, sums.drift(above=below, up_to=up_to))
+        (up_to, sums.drift(phase=phase, above=below, up_to=up_to))
         for below, up_to in zip((0, *CONTEXTS[:-1]), CONTEXTS, strict=True)
     ]
     return Comparison(
@@ -278,4 +297,5 @@ def _comparison(sums: Accumulator, texts: int, steps: list[int], wanted: int) ->
         texts=texts,
         decode_steps=(min(steps), max(steps)),
         short=sum(s < wanted for s in steps),
+        context_phase="all" if phase is None else "decode",
     )

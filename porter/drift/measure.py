@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from porter import graph, tokenizer
 from porter.bundle import Bundle
 from porter.decoder import Decoder
 from porter.drift import feeds as feeding
-from porter.drift.compare import Comparison, compare, encode
+from porter.drift.compare import CONTEXTS, Comparison, compare, encode
 from porter.drift.feeds import TokenFeeds
 from porter.errors import OptionError
 from porter.run.decode import Decode
@@ -30,7 +30,9 @@ LOGIT_BYTES = (
     256 << 20
 )  # of one model's longest step; fewer windows run side by side where they would need more
 LENGTH = 129  # tokens of a text that the model writes itself: 64 prefilled, 64 decoded through the cache
+FULL = 513  # tokens of one that is to fill a cache: each length up to 512 is then met
 TEXTS = 8
+SINGLE = 16  # tokens before each context length that go through a quantized cache one at a time
 RANDOM = "random"
 
 
@@ -89,14 +91,15 @@ def tokenizer_files(model: Path) -> list[Path]:
     return next((found for p in places if p.is_dir() and (found := tokenizer.files(p))), [])
 
 
-def feeds_for(model: Runnable, data: str, seed: int) -> TokenFeeds:
+def feeds_for(model: Runnable, data: str, seed: int, *, full: bool = False) -> TokenFeeds:
     """The user's text or tokens; else text that the model itself writes; random tokens when `data` is
-    "random".
+    "random". `full`: what is not the user's is to fill a cache, and the model writes on where a text ends.
 
     Raises OptionError PORT-0831 for an encoder without data (it cannot write), and what reading a file
     raises.
     """
-    length = min(LENGTH, model.decoder.context or LENGTH)
+    context = model.decoder.context + full  # the last token of a text is not fed
+    length = min(FULL if full else LENGTH, context if model.decoder.context else FULL)
     if data == RANDOM:
         return feeding.random_tokens(model.vocabulary, count=TEXTS, length=length, seed=seed, bos=model.bos)
     if data:
@@ -104,20 +107,28 @@ def feeds_for(model: Runnable, data: str, seed: int) -> TokenFeeds:
     if model.decoder.cache == "none":
         raise OptionError("PORT-0831", "an encoder cannot write its own text", where=model.name,
                           hint="give --data FILE, or --data random")  # fmt: skip
-    eos = model.decoder.eos
+    eos = () if full else model.decoder.eos
     return feeding.self_generated(
         model.session, bos=model.bos or 0, length=length, count=TEXTS, seed=seed, eos=eos
     )
 
 
 def measure(
-    reference: Runnable, candidates: Mapping[str, Runnable], feeds: TokenFeeds, progress: Fraction
+    reference: Runnable,
+    candidates: Mapping[str, Runnable],
+    feeds: TokenFeeds,
+    progress: Fraction,
+    single: int = 0,
 ) -> dict[str, Comparison]:
-    """Compare candidates with the reference; given "passes" and "total", also those two, as "lowering"."""
+    """Compare candidates with the reference; given "passes" and "total", also those two, as "lowering".
+
+    `single` > 0: so many tokens before each context length (64, 128, 256, …) go through the cache one at a
+    time, and drift by context length is theirs; 0: 64 at the end of each text.
+    """
     feeds.check(reference.vocabulary)
     also = {"lowering": ("passes", "total")} if {"passes", "total"} <= candidates.keys() else {}
     everything = [reference, *candidates.values()]
-    window = min((n for r in everything for n in (r.decoder.capacity, r.decoder.context) if n), default=None)
+    window = limit(everything)
 
     def watch(done: int, total: int) -> None:
         progress(done / total)
@@ -129,7 +140,22 @@ def measure(
             reference.encode, encoders, feeds, window=window, batch=batch, also=also, progress=watch
         )
     sessions = {name: r.session for name, r in candidates.items()}
-    return compare(reference.session, sessions, feeds, window=window, batch=batch, also=also, progress=watch)
+    schedule = {"decode_steps": single, "at": CONTEXTS} if single else {}
+    return compare(
+        reference.session,
+        sessions,
+        feeds,
+        window=window,
+        batch=batch,
+        also=also,
+        progress=watch,
+        **schedule,
+    )
+
+
+def limit(models: Iterable[Runnable]) -> int | None:
+    """The most tokens that all of the models can see; None where nothing limits them."""
+    return min((n for r in models for n in (r.decoder.capacity, r.decoder.context) if n), default=None)
 
 
 def _side_by_side(feeds: TokenFeeds, window: int | None, vocabulary: int) -> int:

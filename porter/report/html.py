@@ -30,6 +30,10 @@ def to_html(report: DriftReport) -> str:
             calibrated=words.calibrated(report),
             kept=words.kept(report),
             chart=chart(report.context),
+            decoded=any(row.get("phase") == "decode" for row in report.context),
+            lengths=words.by_length(report),
+            heat=words.heat(report),
+            worst=words.worst(report),
             nodes=sorted(report.nodes, key=_worst)[:20],
         )
     )

@@ -16,6 +16,7 @@ from porter.drift.budget import Violation, check
 from porter.drift.measures import Drift, number
 
 if TYPE_CHECKING:
+    from porter.drift.attention import Head
     from porter.drift.compare import Comparison
     from porter.weights.select import Kept
 
@@ -53,9 +54,11 @@ class DriftReport:
 
     `kinds` says how each of those came about ("measured" unless said: a candidate that only computes as the
     target would is "simulated"). `phases` holds `prefill` and `decode`; `context` one object a context
-    length (`tokens`, `positions` and the measures). `budget` is what was allowed of `total` and
-    `violations` what was not kept. `kept` says which weights stay floats
-    where others were cast (`porter.weights.select.Kept`). `repeat` is the command that does all this again.
+    length (`tokens`, `positions` of which `phase`, and the measures). `attention` is what a quantized cache
+    does to each head, at several context lengths (`porter.drift.attention`); empty where no cache is quantized.
+    `budget` is what was allowed of `total` and `violations` what was not kept. `kept` says which weights stay
+    floats where others were cast (`porter.weights.select.Kept`). `repeat` is the command that does all this
+    again.
     Mappings come out in the order they were given.
     """
 
@@ -67,6 +70,7 @@ class DriftReport:
     stages: Sequence[Stage] = ()
     kept: Sequence[Kept] = ()
     context: Sequence[Mapping[str, object]] = ()
+    attention: Sequence[Head] = ()
     nodes: Sequence[Mapping[str, object]] = ()
     placement: Mapping[str, object] = field(default_factory=dict)
     memory: Mapping[str, Figure] = field(default_factory=dict)
@@ -111,7 +115,7 @@ class DriftReport:
         )
 
     def kind(self, name: str) -> str:
-        """How the drift called `name` came about; a phase and a context length, as `total` did."""
+        """How the drift called `name` came about; a phase, a context length and attention, as `total` did."""
         return self.kinds.get(name if name in self.drift else "total", "measured")
 
     def to_dict(self) -> dict[str, object]:
@@ -120,6 +124,8 @@ class DriftReport:
         phases = {name: {**d.to_json(), "kind": self.kind(name)} for name, d in self.phases.items()}
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "kinds"}
         fields |= {"drift": rows, "phases": phases, "violations": [*map(_violation, self.violations)]}
+        kind = {"kind": self.kind("attention")}
+        fields["attention"] = [dataclasses.asdict(head) | kind for head in self.attention]
         return plain({"schema": SCHEMA, "ok": self.ok, **fields})  # type: ignore[return-value]
 
     def to_json(self) -> str:

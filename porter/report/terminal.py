@@ -13,6 +13,7 @@ from porter.report.report import DriftReport
 from porter.report.words import (
     MEASURES,
     amount,
+    by_length,
     calibrated,
     clean,
     evidence,
@@ -22,6 +23,7 @@ from porter.report.words import (
     title,
     value,
     verdict,
+    worst,
 )
 
 
@@ -44,6 +46,9 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         yield _drift(report)
     if report.context:
         yield _context(report)
+    if report.attention:
+        yield _attention(report)
+        yield Text("\n".join(f" worst head: {head}" for head in worst(report)))
     if report.stages:
         yield _stages(report)
     if report.kept:
@@ -75,7 +80,7 @@ def _drift(report: DriftReport) -> Table:
 def _context(report: DriftReport) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in (
-        f"context\n{report.kind('context')}",
+        f"{_context_name(report)}\n{report.kind('context')}",
         *(MEASURES[m][0] for m in ("kl_mean", "top1")),
         "positions",
     ):
@@ -83,6 +88,23 @@ def _context(report: DriftReport) -> Table:
     for row in report.context:
         kl, top1 = (value(_float(row.get(m)), m) for m in ("kl_mean", "top1"))
         table.add_row(f"≤ {clean(row['tokens'])}", kl, top1, clean(row.get("positions", "")))
+    return table
+
+
+def _context_name(report: DriftReport) -> str:
+    """`context`, or that only tokens decoded through the cache are in it."""
+    return "decoded" if any(row.get("phase") == "decode" for row in report.context) else "context"
+
+
+def _attention(report: DriftReport) -> Table:
+    """What the quantized cache does to the heads, by context length."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    first = f"attention\n{report.kind('attention')}"
+    for heading in (first, "max\xa0|Δ logit|", "TV, mean", "TV, worst head", "cosine, worst head"):
+        table.add_column(heading, justify="right")
+    for row in by_length(report):
+        figures = (row.logit_max, row.tv, row.tv_worst, row.cosine_worst)
+        table.add_row(str(row.tokens), *map(value, figures))
     return table
 
 

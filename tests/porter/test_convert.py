@@ -76,6 +76,7 @@ def test_the_report_says_what_was_measured(bundle: Path) -> None:
     assert report["phases"]["decode"]["tokens"] >= 64
     assert min(report["feeds"]["decode_steps"]) >= 64
     assert report["feeds"]["kind"] == "self-generated"
+    assert report["attention"] == []
     assert [s["name"].split("{")[0] for s in report["stages"]][-1] == "check.support"
     page = (bundle / "report.html").read_text()
     assert "://" not in page.replace("http://www.w3.org", "")  # nothing is fetched
@@ -90,6 +91,27 @@ def test_quantized_drift_is_reported_and_lowering_adds_nothing(small: Path) -> N
     assert 0.01 < passes < 1.0
     assert lowering < 0.01 * passes
     assert total == pytest.approx(passes, rel=0.05)
+
+
+def test_a_quantized_cache_is_measured_by_context_length_and_head(small: Path) -> None:
+    report = json.loads((small / "report.json").read_text())
+    jsonschema.validate(report, SCHEMA)
+    # Eight texts of 512 tokens are four windows each, with 16 single tokens before each length.
+    assert [(r["tokens"], r["positions"], r["phase"]) for r in report["context"]] == [
+        (64, 512, "decode"), (128, 512, "decode"),
+    ]  # fmt: skip
+    places = {(h["layer"], h["head"], h["tokens"]) for h in report["attention"]}
+    assert places == {(layer, head, n) for layer in range(5) for head in range(8) for n in (64, 128)}
+    assert {h["queries"] for h in report["attention"]} == {8 * 4}
+    # int8 with 127 levels changes a logit of up to 100 by about 1, and some attention by a few per cent.
+    assert all(0 < h["tv"] < 0.15 and h["cosine"] > 0.95 for h in report["attention"])
+    assert "heat" in (small / "report.html").read_text()
+
+
+def test_decode_is_for_quantized_caches(stories_onnx: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="PORT-0606"):
+        convert(stories_onnx, tmp_path / "out", Options(decode=64))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("batch", [1, 3])

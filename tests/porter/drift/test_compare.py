@@ -53,9 +53,10 @@ def same(a, b):
     prefill=st.none() | st.integers(1, 40),
     decode_steps=st.integers(0, 12),
     window=st.none() | st.integers(1, 20),
+    at=st.sampled_from([(), (3, 8, 9, 21)]),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_schedule_scores_every_position_once(lengths, batch, prefill, decode_steps, window):
+def test_any_schedule_scores_every_position_once(lengths, batch, prefill, decode_steps, window, at):
     texts = feeds(*lengths)
     got = compare(
         fake(),
@@ -64,12 +65,14 @@ def test_any_schedule_scores_every_position_once(lengths, batch, prefill, decode
         prefill=prefill,
         decode_steps=decode_steps,
         window=window,
+        at=at,
         batch=batch,
     )["moved"]
     same(got.total, expected(texts, window, noise=0.5))
     assert got.total.tokens == sum(n - 1 for n in lengths)
     assert got.prefill.tokens + got.decode.tokens == got.total.tokens
-    assert sum(d.tokens for _, d in got.context) == got.total.tokens
+    assert got.context_phase == ("decode" if at else "all")
+    assert sum(d.tokens for _, d in got.context) == (got.decode if at else got.total).tokens
 
 
 def test_equal_models_do_not_drift():
@@ -85,6 +88,28 @@ def test_steps_are_prefill_then_single_tokens():
     log.clear()
     compare(fake(log=log), {}, feeds(101), prefill=10, decode_steps=64)
     assert log == [10] + [1] * 64 + [26]
+
+
+def test_tokens_before_context_lengths_are_single():
+    log = []
+    got = compare(fake(log=log), {"same": fake()}, feeds(151), decode_steps=4, at=(64, 128, 256))["same"]
+    assert log == [60, 1, 1, 1, 1, 60, 1, 1, 1, 1, 22]
+    assert (got.decode.tokens, got.decode_steps, got.short) == (8, (8, 8), 0)
+    log.clear()
+    got = compare(fake(log=log), {"same": fake()}, feeds(101, 81), decode_steps=128, at=(64, 128))["same"]
+    assert log == [1] * 100 + [1] * 80
+    assert (got.decode.tokens, got.decode_steps, got.short) == (99 + 79, (79, 99), 1)
+
+
+def test_drift_by_context_length_is_that_of_single_tokens():
+    """What moves only between the single tokens is in no context length; what moves there is in its own."""
+    texts = feeds(*[131] * 9)
+    got = compare(fake(), {"late": fake(noise=0.5, late=124)}, texts, decode_steps=8, at=(64, 128))["late"]
+    rows = dict(got.context)
+    assert [rows[n].tokens for n in rows] == [9 * 8, 9 * 8]
+    assert rows[64].kl_mean == 0
+    same(rows[128], expected(texts, keep=lambda seen: 120 < seen <= 128, noise=0.5, late=124))
+    assert [row["phase"] for row in got.context_json()] == ["decode", "decode"]
 
 
 def test_short_texts_are_said_to_be_short():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from porter.drift.attention import Head
 from porter.drift.measures import Drift
 from porter.report.report import DriftReport, Figure, Stage
 
@@ -27,7 +28,7 @@ def drift(kl=0.0123, **other):
 def report(**changes):
     total = drift()
     context = [
-        {**drift(kl).to_json(), "tokens": n, "positions": 516}
+        {**drift(kl).to_json(), "tokens": n, "positions": 516, "phase": "decode"}
         for n, kl in ((64, 0.009), (128, 0.012), (256, 0.0141), (512, 0.0187))
     ]
     fields = {
@@ -44,6 +45,20 @@ def report(**changes):
             Stage("quantize.rtn{format=int4-g32}", "lossy", 36, 0.19, drift(0.0121)),
         ],
         "context": context,
+        "attention": [
+            Head(
+                layer,
+                head,
+                n,
+                32,
+                0.5 + layer,
+                0.01 * (1 + head) * (n / 64) / (1 + layer),
+                0.99 - 0.01 * head,
+            )
+            for n in (64, 256)
+            for layer in (0, 1)
+            for head in (0, 1, 2)
+        ],
         "nodes": [
             {
                 "name": "layers.3.mlp.down_proj",

@@ -170,3 +170,13 @@ def test_chart_axis_holds_everything(top):
 
 def test_same_report_same_bytes(make_report):
     assert to_html(make_report()) == to_html(make_report())
+
+
+def test_every_head_is_in_the_heat_map(make_report):
+    page = Page(to_html(make_report()))
+    assert "What the cache does to attention" in page.text
+    assert "TV of every head at 256 tokens" in page.text
+    assert "Worst: layer 0 head 2: TV 0.12 at 256 tokens (simulated)" in page.text
+    cells = [value for name, value in page.attributes if name == "style" and value.startswith("--tv")]
+    assert cells == ["--tv: 0.040", "--tv: 0.080", "--tv: 0.120", "--tv: 0.020", "--tv: 0.040", "--tv: 0.060"]
+    assert "attention" not in Page(to_html(make_report(attention=()))).text

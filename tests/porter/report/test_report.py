@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from porter.drift.attention import Head
 from porter.drift.compare import Comparison
 from porter.drift.measures import Drift
 from porter.report.report import SCHEMA, DriftReport, Figure, Stage, plain
@@ -46,7 +47,8 @@ def test_the_schema_is_that_of_the_dataclasses(schema):
     assert s["properties"]["schema"]["const"] == SCHEMA
     assert set(defined["drift"]["properties"]) == {*names(Drift), "kind"}
     assert set(defined["drift"]["required"]) == set(names(Drift)) - {"cosine"}
-    assert set(defined["bucket"]["properties"]) == {*names(Drift), "positions"}
+    assert set(defined["bucket"]["properties"]) == {*names(Drift), "positions", "phase"}
+    assert set(defined["head"]["properties"]) == {*names(Head), "kind"}
     assert set(defined["figure"]["properties"]) == set(names(Figure))
     assert set(defined["stage"]["properties"]) == set(names(Stage))
 
@@ -60,6 +62,8 @@ def test_a_full_report_is_valid(schema, make_report):
     assert found["drift"]["passes"]["kind"] == "measured"
     assert found["phases"]["decode"]["kind"] == "simulated"
     assert found["drift"]["lowering"]["sqnr_db"] == "inf"
+    row = {"layer": 1, "head": 2, "tokens": 256, "queries": 32, "logit_max": 1.5, "tv": 0.06, "cosine": 0.97}
+    assert found["attention"][-1] == row | {"kind": "simulated"}
     assert found["memory"]["weights"] == {"value": 183_000, "unit": "bytes", "kind": "measured"}
 
 
@@ -70,7 +74,8 @@ def test_the_smallest_report_is_valid(schema):
 
 def test_broken_outputs_are_valid_and_not_ok(schema, make_report):
     broken = Drift(*[math.inf] * 3, 0.0, *[math.nan] * 4, -math.inf, 5)
-    found = strict(make_report(drift={"total": broken}, budget={}).to_json())
+    heads = [Head(0, 0, 64, 1, math.inf, 1.0, 0.0)]
+    found = strict(make_report(drift={"total": broken}, budget={}, attention=heads).to_json())
     schema.validate(found)
     assert found["ok"] is False
     assert [v["measure"] for v in found["violations"]] == ["kl_mean", "max_abs"]
@@ -143,6 +148,8 @@ def test_from_comparisons(schema, make_drift):
     assert r.feeds == {"kind": "text", "decode_steps": [0, 5], "short": 3}
     assert r.context[0]["tokens"] == 64
     assert r.context[0]["positions"] == 9
+    assert r.context[0]["phase"] == "all"
+    assert r.attention == ()
 
 
 def test_plain_values():

@@ -144,3 +144,15 @@ def test_calibration_is_said(make_report):
         in text
     )
     assert "calibrated" not in shown(make_report())
+
+
+def test_attention_by_context_length_and_the_worst_heads(make_report):
+    text = shown(make_report())
+    assert "worst head: layer 0 head 2: TV 0.12 at 256 tokens (simulated)" in text
+    assert text.count("worst head: ") == 3
+    rows = [line.split() for line in text.splitlines()]
+    assert ["256", "1.5", "0.06", "0.12", "0.97"] in rows  # largest logit change, mean and worst TV, cosine
+    assert ["decoded"] in rows
+    plain = shown(make_report(attention=(), context=[]))
+    assert "worst head" not in plain
+    assert "decoded" not in plain
