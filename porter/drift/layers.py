@@ -1,4 +1,4 @@
-"""Attention over caches in a graph: where its queries and appended floats are, and what decodes its buffers."""
+"""Attention over caches in a graph: where its query and appended floats are, what decodes its buffers."""
 
 from __future__ import annotations
 

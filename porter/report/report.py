@@ -55,7 +55,7 @@ class DriftReport:
     `kinds` says how each of those came about ("measured" unless said: a candidate that only computes as the
     target would is "simulated"). `phases` holds `prefill` and `decode`; `context` one object a context
     length (`tokens`, `positions` of which `phase`, and the measures). `attention` is what a quantized cache
-    does to each head, at several context lengths (`porter.drift.attention`); empty where no cache is quantized.
+    does to each head, at several context lengths (`porter.drift.attention`); empty where none is quantized.
     `budget` is what was allowed of `total` and `violations` what was not kept. `kept` says which weights stay
     floats where others were cast (`porter.weights.select.Kept`). `repeat` is the command that does all this
     again.

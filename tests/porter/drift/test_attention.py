@@ -127,9 +127,7 @@ def test_it_is_the_ports_cache_that_is_looked_at(tiny: Callable[..., ir.Model]) 
         assert (head.logit_max, head.tv, head.cosine) == (np.inf, 1.0, 0.0)
 
 
-def test_functions_that_append_and_read(tiny: Callable[..., ir.Model]) -> None:
-    """Caches behind AppendCache and ReadCache functions, here of float16."""
-    text = f"""
+HALF = f"""
 <ir_version: 11, opset_import: ["": 24, "porter": 1]>
 decoder (int64[batch,sequence] input_ids,
          float16[batch,1,160,4] past_key_0, float16[batch,1,160,4] past_value_0,
@@ -169,9 +167,13 @@ ReadCache_half (present, total) => (values) {{
   values = Identity(wide)
 }}
 """
+
+
+def test_functions_that_append_and_read(tiny: Callable[..., ir.Model]) -> None:
+    """Caches behind AppendCache and ReadCache functions, here of float16."""
     weights = {n: v.const_value for n, v in tiny(capacity=160).graph.initializers.items()}
     model = ir.from_onnx_text(
-        text, initializers=[t for n, t in weights.items() if f"{n})" in text or f"({n}," in text]
+        HALF, initializers=[t for n, t in weights.items() if f"{n})" in HALF or f"({n}," in HALF]
     )
     feeds = texts(70)
     q, k, v = (
