@@ -1,0 +1,148 @@
+"""Kernels that round float32 groups to codes, one result a group or an element, as numpy would bit by bit.
+
+Values are [groups, length]; `length` is a number, or None where it is known only at run time (a row). Every
+float operation is the one that `porter.formats` makes, in its order. LLVM may join a product and a sum into
+one rounding, which numpy does not: `_apart` keeps them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from porter.lower.kernels.define import Expr, T, define, f32, i64, local, loop, store, tirx
+
+LANES = 16
+PARTIAL = 8  # sums that numpy keeps side by side
+SUMMED = (PARTIAL + 1, 129)  # lengths whose squares `errors` adds up as numpy does: one block of its pairwise sum
+
+
+def extremes(name: str, length: int) -> tirx.PrimFunc:
+    """values -> the largest and the smallest of each group."""
+
+    def body(values: tirx.Buffer, high: tirx.Buffer, low: tirx.Buffer, groups: Expr) -> None:
+        wide = min(LANES, 1 << (length.bit_length() - 1))  # the last vector may overlap the one before it
+        starts = sorted({*range(0, length - wide + 1, wide), length - wide})
+        with loop(groups) as m:
+            for out, pick in ((high, tirx.max), (low, tirx.min)):
+                best = local(wide)
+                with loop(wide, "vectorized") as lane:
+                    store(best, values[m, lane], lane)
+                for start in starts[1:]:
+                    with loop(wide, "vectorized") as lane:
+                        store(best, pick(best[lane], values[m, i64(start) + lane]), lane)
+                half = wide // 2
+                while half:
+                    with loop(half, "vectorized") as lane:
+                        store(best, pick(best[lane], best[i64(half) + lane]), lane)
+                    half //= 2
+                store(out, best[i64(0)], m)
+
+    per_group = ("groups",)
+    buffers = [("values", ("groups", length), "float32"), ("high", per_group, "float32"), ("low", per_group, "float32")]
+    return define(name, buffers, body)
+
+
+def errors(name: str, length: int, low: int, high: int) -> tirx.PrimFunc:
+    """values, two scales of each group, its unit -> the sum of ((code * scale - value) / unit)^2 under each.
+
+    Added up in the order of numpy's `add.reduceat`: the first square, and to it the pairwise sum of the rest
+    (eight partial sums, those in a tree, then what is left over one by one).
+    """
+    assert SUMMED[0] <= length <= SUMMED[1]
+    whole = (length - 1) // PARTIAL
+
+    def body(
+        values: tirx.Buffer, one: tirx.Buffer, two: tirx.Buffer, unit: tirx.Buffer,
+        first: tirx.Buffer, second: tirx.Buffer, groups: Expr,
+    ) -> None:  # fmt: skip
+        def square(m: Expr, at: Expr, scale: tirx.Buffer) -> Expr:
+            value = values[m, at]
+            code = _clipped(tirx.nearbyint(value / scale[m]), low, high)
+            error = (_apart(code * scale[m]) - value) / unit[m]
+            return _apart(error * error)
+
+        def total(m: Expr, scale: tirx.Buffer) -> Expr:
+            sums, rest = local(PARTIAL), local(PARTIAL)
+            with loop(PARTIAL, "vectorized") as lane:
+                store(sums, square(m, i64(1) + lane, scale), lane)
+            for block in range(1, whole):
+                with loop(PARTIAL, "vectorized") as lane:
+                    store(sums, sums[lane] + square(m, i64(1 + block * PARTIAL) + lane, scale), lane)
+            with loop(PARTIAL, "vectorized") as lane:
+                store(rest, square(m, i64(length - PARTIAL) + lane, scale), lane)
+            s = [sums[i64(i)] for i in range(PARTIAL)]
+            added = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
+            for i in range(PARTIAL - (length - 1) % PARTIAL, PARTIAL):
+                added = added + rest[i64(i)]
+            return square(m, i64(0), scale) + added
+
+        with loop(groups) as m:
+            store(first, total(m, one), m)
+            store(second, total(m, two), m)
+
+    names = ("one", "two", "unit", "first", "second")
+    buffers = [("values", ("groups", length), "float32"), *((n, ("groups",), "float32") for n in names)]
+    return define(name, buffers, body)
+
+
+def integers(name: str, length: int | None, low: int, high: int) -> tirx.PrimFunc:
+    """values, a scale each group -> int8 codes: value / scale to nearest, ties to even, kept in low to high."""
+    return _elementwise(name, length, "int8", lambda ratio: _clipped(tirx.nearbyint(ratio), low, high).astype("int8"))
+
+
+def floats(name: str, length: int | None, mantissa: int, bias: int, bits: int, top: int, zero: bool) -> tirx.PrimFunc:
+    """values, a scale each group -> uint8 codes of a small float: to nearest, ties to even, saturating at `top`.
+
+    A float of 1 sign bit, `mantissa` bits and the rest of `bits` for the exponent; `top` is the code of its
+    largest value. Without `zero` there is no negative zero.
+    """
+    drop = 23 - mantissa
+    least = tirx.FloatImm("float32", 2.0 ** (1 - bias))  # the smallest that is not subnormal
+
+    def code(ratio: Expr) -> Expr:
+        def i32(value: int) -> Expr:
+            return tirx.IntImm("int32", value)
+
+        whole = T.reinterpret("int32", ratio)
+        size = whole & i32(0x7FFFFFFF)
+        magnitude = T.reinterpret("float32", size)
+        even = (size >> i32(drop)) & i32(1)
+        normal = ((size + i32((1 << (drop - 1)) - 1) + even) >> i32(drop)) - i32((127 - bias) << mantissa)
+        small = tirx.Cast("int32", tirx.nearbyint(tirx.min(magnitude, least) * f32(2.0 ** (bias - 1 + mantissa))))
+        found = tirx.min(tirx.Select(magnitude < least, small, normal), i32(top))
+        sign = (whole >> i32(32 - bits)) & i32(1 << (bits - 1))
+        signed = found | (sign if zero else tirx.Select(found == i32(0), i32(0), sign))
+        return signed.astype("uint8")
+
+    return _elementwise(name, length, "uint8", code)
+
+
+def _elementwise(name: str, length: int | None, dtype: str, code: Callable[[Expr], Expr]) -> tirx.PrimFunc:
+    def body(values: tirx.Buffer, scale: tirx.Buffer, codes: tirx.Buffer, groups: Expr, columns: Expr | None = None) -> None:
+        def at(m: Expr, i: Expr) -> None:
+            store(codes, code(values[m, i] / scale[m]), m, i)
+
+        size = i64(length) if columns is None else columns
+        whole = tirx.floordiv(size, i64(LANES))
+        with loop(groups) as m:
+            with loop(whole) as i, loop(LANES, "vectorized") as lane:
+                at(m, i * i64(LANES) + lane)
+            with loop(size - whole * i64(LANES)) as i:
+                at(m, whole * i64(LANES) + i)
+
+    shape = ("groups", length or "columns")
+    buffers = [("values", shape, "float32"), ("scale", ("groups",), "float32"), ("codes", shape, dtype)]
+    return define(name, buffers, body)
+
+
+def _clipped(x: Expr, low: int, high: int) -> Expr:
+    return tirx.min(tirx.max(x, f32(low)), f32(high))
+
+
+def _apart(product: Expr) -> Expr:
+    """The product rounded by itself, and not joined with a sum that it goes into.
+
+    No float is below the least, but LLVM cannot leave the question out, for a NaN would answer otherwise; its
+    own `llvm.arithmetic.fence` says the same, one element at a time.
+    """
+    return tirx.max(product, f32(-3.4028234663852886e38))
