@@ -119,7 +119,7 @@ def pipeline_text(spec: TargetSpec, options: Options) -> str:
             raise OptionError("PORT-0830", what, where=f"--{slot}", hint=f"it has: {', '.join(offered)}")
         if name != "fp32":
             slots[slot] = (
-                f"quantize.weights{{format={name}}}" if slot == "weights" else f"kv.quantize{{scheme={name}}}"
+                f"quantize.rtn{{format={name}}}" if slot == "weights" else f"kv.quantize{{scheme={name}}}"
             )
     limit = f"{{capacity={options.context}}}" if options.context else ""
     text = spec.pipeline.replace("kv.static_cache", f"kv.static_cache{limit}")

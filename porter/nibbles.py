@@ -1,8 +1,8 @@
 """PackInt4 and UnpackInt4: model-local functions that keep two 4-bit codes in a byte, in ONNX's order.
 
 ONNX has 4-bit tensors but few operators take them, so a cache of 4-bit codes travels as bytes. The functions'
-bodies are plain ONNX, so that any runtime can run them; porter's importer knows them by name. The numpy twins
-are `porter.formats.integers.pack_nibbles` and `unpack_nibbles`.
+bodies are plain ONNX, so that any runtime can run them; porter's importer knows them by name. The numpy twin
+is `porter.formats.packing`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ class TargetSpec(BaseModel):
 
     `pipeline` is a pipeline text with the two slots `{weights}` and `{kv}`; `weights` and `kv` list the
     storage formats that the target's kernels read directly; `aliases` map a short name (`fp8`) to the
-    target's flavour.
+    target's flavour. `mx` is how the target rounds the shared exponents of MX formats (see
+    `porter.formats.Format`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,6 +30,7 @@ class TargetSpec(BaseModel):
     weights: tuple[str, ...]
     kv: tuple[str, ...]
     aliases: dict[str, str] = {}
+    mx: Literal["floor", "ceil", "larger"] = "floor"
     tvm: dict[str, str | int]
 
     def flavour(self, name: str) -> str:

@@ -98,7 +98,7 @@ def test_the_pipeline_of_a_target_parses_whatever_is_asked_for(name: str) -> Non
         pipeline = Pipeline.parse(text)
         assert Pipeline.parse(str(pipeline)) == pipeline
         names = [p.name for p in pipeline.passes]
-        assert ("quantize.weights" in names) == (weights not in ("", "fp32"))
+        assert ("quantize.rtn" in names) == (weights not in ("", "fp32"))
         assert ("kv.quantize" in names) == (kv not in ("", "fp32"))
         assert "{" not in re.sub(r"\{[^{}]*=[^{}]*\}", "", text), "a slot was left open"
         tried += 1

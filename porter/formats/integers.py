@@ -1,34 +1,36 @@
-"""Symmetric integer elements: rounding to codes, and two 4-bit codes in a byte."""
+"""Integer elements: two's complement codes, or codes from 0."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 
-def limits(bits: int) -> tuple[int, int]:
-    """The smallest and largest two's complement code of `bits` bits."""
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+@dataclass(frozen=True)
+class Integer:
+    """An integer of `bits` bits, 8 or fewer."""
 
+    name: str
+    bits: int
+    signed: bool = True
 
-def encode(values: np.ndarray, bits: int) -> np.ndarray:
-    """Values already divided by their scale -> int8 codes: to nearest, ties to even, saturating."""
-    low, high = limits(bits)
-    return np.clip(np.rint(values), low, high).astype(np.int8)
+    @property
+    def smallest(self) -> int:
+        """The smallest code."""
+        return -(1 << (self.bits - 1)) if self.signed else 0
 
+    @property
+    def largest(self) -> int:
+        """The largest code."""
+        return (1 << (self.bits - self.signed)) - 1
 
-def pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    """int8 [..., K] of codes in -8…7 -> uint8 [..., ceil(K/2)]: the first of a pair is the low nibble.
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """Floats -> int8 or uint8 codes: to nearest, ties to even, saturating. NaN has no code: it is refused
+        before."""
+        codes = np.clip(np.rint(values), self.smallest, self.largest)
+        return codes.astype(np.int8 if self.signed else np.uint8)
 
-    An odd K is padded with a zero. ONNX packs a whole int4 tensor so: pass it flattened.
-    """
-    nibbles = codes.astype(np.uint8) & np.uint8(15)
-    if codes.shape[-1] % 2:
-        nibbles = np.concatenate([nibbles, np.zeros_like(nibbles[..., :1])], axis=-1)
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << np.uint8(4))
-
-
-def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
-    """The inverse of `pack_nibbles`: uint8 [..., ceil(count/2)] -> int8 [..., count] with its sign."""
-    pairs = np.stack([packed << np.uint8(4), packed & np.uint8(240)], axis=-1)
-    codes = pairs.reshape(*packed.shape[:-1], -1)[..., :count]
-    return codes.view(np.int8) >> np.int8(4)  # the arithmetic shift brings the sign down
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Codes -> float32, exactly."""
+        return codes.astype(np.float32)

@@ -1,73 +1,84 @@
-"""Rounding a matrix to a format: nearest codes under symmetric scales, and back.
-
-A scale is chosen per row or group so that the largest magnitude meets the largest code: `absmax / 448` for
-e4m3fn, `absmax / 127` for int8. int4 has one code more below zero than above, so two scales compete in each
-group and the one with the smaller squared error wins: `absmax / 7`, and `m / -8` where m is the value of
-largest magnitude with its sign (llama.cpp's Q4_0); that scale is negative when m is positive.
-"""
+"""Rounding a matrix to a format, to nearest, and back. How scales are chosen: `porter.formats.scales`."""
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 
-from porter.formats import blocks, integers
-from porter.formats.format import Encoded, Format
+from porter.formats import blocks
+from porter.formats import scales as choice
+from porter.formats.format import Encoded, Format, Scales
 
 
-def encode(form: Format, values: np.ndarray, scale_dtype: np.dtype | type = np.float32) -> Encoded:
-    """Finite floats [..., K] -> codes [..., K] (int8, or uint8 for a float8) and their scales [..., G].
+def encode(form: Format, values: np.ndarray, factor: np.float32 | None = None) -> Encoded:
+    """Finite floats [N, K] or [E, N, K], no axis empty -> codes and what they are multiplied by.
 
-    G is ceil(K / group), or 1 when a scale holds for the row. A group of zeros gets scale 1. The codes are
-    nearest under the scale as stored, in `scale_dtype`. `fp32` has no codes: ValueError.
+    The scales are chosen and stored first; each code is then the nearest under them, ties to even,
+    saturating. Where two scales compete, the one with the smaller squared error in its group wins. `factor`
+    is NVFP4's for the whole matrix (`scales.whole_factor`), where the values are only a part of it.
     """
     values = np.asarray(values, np.float32)
-    if form.element == "int4":
-        return Encoded(form, *_better(form, values, scale_dtype))
-    top = form.float8.largest if form.float8 else integers.limits(form.bits)[1]
-    scale = _scale(blocks.absmax(values, form.group), top, scale_dtype)
-    return Encoded(form, _codes(form, values, scale), scale)
+    if not form.scale:
+        return Encoded(form, form.elements.encode(values))
+    encoded, *others = (nearest(form, values, each) for each in choice.candidates(form, values, factor))
+    for other in others:
+        encoded = _better(values, encoded, other)
+    return encoded
+
+
+def nearest(form: Format, values: np.ndarray, scales: Scales) -> Encoded:
+    """Floats [..., N, K] -> the nearest codes under the given scales.
+
+    An integer zero point is added after rounding, as ONNX QuantizeLinear has it; a real one before.
+    MXINT8's code -128 is never used, which the OCP specification allows for symmetry.
+    """
+    ratio = values / _multiplier(form, scales, values.shape)
+    if scales.zeros is not None:
+        zeros = blocks.spread_over(scales.zeros.astype(np.float32), values.shape, form.group, form.rows)
+        ratio = np.rint(ratio) + zeros if form.zero == "code" else ratio + zeros
+    codes = form.elements.encode(ratio)
+    if form.fraction:
+        codes = np.maximum(codes, np.int8(-form.elements.largest))
+    return Encoded(form, codes, *scales)
 
 
 def decode(encoded: Encoded) -> np.ndarray:
-    """What the codes stand for, float32 [..., K], as ONNX DequantizeLinear has it."""
-    return _decode(encoded.form, encoded.codes, encoded.scales)
+    """What the codes stand for, float32 [..., N, K], as ONNX DequantizeLinear has it."""
+    form, scales = encoded.form, Scales(encoded.scales, encoded.zeros, encoded.shifts, encoded.factor)
+    elements = form.elements.decode(encoded.codes)
+    if not form.scale:
+        return elements
+    if scales.zeros is not None:
+        zeros = scales.zeros.astype(np.float32)
+        elements = elements - blocks.spread_over(zeros, elements.shape, form.group, form.rows)
+    return elements * _multiplier(form, scales, elements.shape)
 
 
-def _decode(form: Format, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    elements = form.float8.decode(codes) if form.float8 else codes.astype(np.float32)
-    return elements * blocks.spread(scale.astype(np.float32), codes.shape[-1], form.group)
+def _multiplier(form: Format, scales: Scales, shape: tuple[int, ...]) -> np.ndarray:
+    """2^-shift * (scale * factor) of every element, float32; the power of two is exact."""
+    per_group = scales.scales.astype(np.float32)
+    if scales.factor is not None:
+        per_group = per_group * scales.factor
+    each = blocks.spread_over(per_group, shape, form.group, form.rows)
+    if scales.shifts is None:
+        return each
+    return each * blocks.spread(
+        np.ldexp(np.float32(1), -scales.shifts.astype(np.int32)), shape[-1], form.micro
+    )
 
 
-def _codes(form: Format, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    if form.element == "fp32":
-        raise ValueError("fp32 has no codes")
-    ratio = values / blocks.spread(scale.astype(np.float32), values.shape[-1], form.group)
-    return form.float8.encode(ratio) if form.float8 else integers.encode(ratio, form.bits)
+def _better(values: np.ndarray, first: Encoded, second: Encoded) -> Encoded:
+    """Each group from the one with the smaller squared error; a tie keeps the first."""
+    form = first.form
+    use_second = _squared_error(values, second) < _squared_error(values, first)
+    each = blocks.spread_over(use_second, values.shape, form.group, form.rows)
+    scales = np.where(use_second, second.scales, first.scales)
+    return Encoded(form, np.where(each, second.codes, first.codes), scales)
 
 
-def _better(form: Format, values: np.ndarray, scale_dtype: np.dtype | type) -> tuple[np.ndarray, np.ndarray]:
-    """int4: the scale with the smaller squared error in each group; a tie keeps absmax / 7."""
-    seven = _scale(blocks.absmax(values, form.group), 7, scale_dtype)
-    eight = _scale(blocks.signed_absmax(values, form.group), -8, scale_dtype)
-    use_eight = _squared_error(form, values, eight) < _squared_error(form, values, seven)
-    scale = np.where(use_eight, eight, seven)
-    return _codes(form, values, scale), scale
-
-
-def _squared_error(form: Format, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _squared_error(values: np.ndarray, encoded: Encoded) -> np.ndarray:
     # Relative to the scale, so that neither huge nor tiny weights leave float32's range when squared.
-    error = _decode(form, _codes(form, values, scale), scale) - values
-    unit = np.maximum(blocks.absmax(values, form.group), np.finfo(np.float32).tiny)
-    return blocks.total((error / blocks.spread(unit, values.shape[-1], form.group)) ** 2, form.group)
-
-
-def _scale(peak: np.ndarray, code: float, dtype: np.dtype | type) -> np.ndarray:
-    """`peak / code` as stored: 1 for zeros; never so small that dividing by it overflows, nor so large that
-    multiplying `code` by it does."""
-    info = ml_dtypes.finfo(dtype)  # numpy's does not know bfloat16
-    low = np.float32(info.smallest_normal)
-    high = np.nextafter(np.float32(info.max) / np.float32(abs(code)), np.float32(0))
-    scale = peak / np.float32(code)
-    bounded = np.copysign(np.clip(np.abs(scale), low, high), scale)
-    return np.where(peak == 0, np.float32(1), bounded).astype(dtype)
+    form = encoded.form
+    error = decode(encoded) - values
+    unit = np.maximum(blocks.absmax(values, form.group, form.rows), choice.TINY)
+    relative = error / blocks.spread_over(unit, values.shape, form.group, form.rows)
+    return blocks.total(relative**2, form.group, form.rows)

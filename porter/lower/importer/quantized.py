@@ -108,7 +108,7 @@ def expand(imp: Importer, value: Quantized) -> relax.Expr:
     if isinstance(value.codes, Weight):
         what, hint = (
             "no kernel reads this quantized weight where it stands",
-            "leave it out of quantize.weights",
+            "leave it out of quantize.rtn",
         )
         raise TargetError("PORT-0417", what, where=imp.current, hint=hint)
     codec, per_word = CODECS[value.codec], CODECS[value.codec].per_word

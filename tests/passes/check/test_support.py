@@ -26,7 +26,7 @@ def check(body: str, opset: str = '"": 24') -> int:
 @pytest.mark.parametrize(
     "passes",
     [
-        "quantize.weights",
+        "quantize.rtn",
         "kv.static_cache",
         "kv.static_cache,kv.quantize",
         "kv.static_cache,kv.quantize{scheme=int4}",

@@ -10,7 +10,7 @@ from porter.passes.kv.static_cache import LENGTHS, StaticCache
 
 from porter.context import Context
 from porter.errors import PassError
-from porter.formats import integers
+from porter.formats import packing
 from porter.pipeline import Pipeline
 
 LARGEST = {"int8": 127, "int4": 7}
@@ -63,7 +63,7 @@ def with_rounded_keys_and_values(scheme: str, **sizes: object) -> ir.Model:
 def floats(cache: dict, scheme: str, name: str) -> np.ndarray:
     """A quantized cache as floats, in numpy."""
     codes, scale = cache[name], cache[f"{name}_scale"]
-    codes = integers.unpack_nibbles(codes, 2 * codes.shape[-1]) if scheme == "int4" else codes
+    codes = packing.unpack(codes, 4, 2 * codes.shape[-1], signed=True) if scheme == "int4" else codes
     return codes.astype(np.float32) * scale
 
 
@@ -86,7 +86,9 @@ def test_what_is_written_is_the_rounded_keys_and_values(scheme):
         for kind in ("key", "value"):
             codes, scale = rounded(want[f"present.0.{kind}"][0, :, length:], scheme)
             got = out[f"present.0.{kind}"][b, :, length : length + 5]
-            np.testing.assert_array_equal(integers.unpack_nibbles(got, 8) if scheme == "int4" else got, codes)
+            np.testing.assert_array_equal(
+                packing.unpack(got, 4, 8, signed=True) if scheme == "int4" else got, codes
+            )
             np.testing.assert_array_equal(out[f"present.0.{kind}_scale"][b, :, length : length + 5], scale)
 
 

@@ -23,9 +23,9 @@ PASSES = {
     "static": f"kv.static_cache{{capacity={CAPACITY}}}",
     "int8 cache": f"kv.static_cache{{capacity={CAPACITY}}},kv.quantize",
     "int4 cache": f"kv.static_cache{{capacity={CAPACITY}}},kv.quantize{{scheme=int4}}",
-    "int8 weights": f"quantize.weights{{format=int8}},kv.static_cache{{capacity={CAPACITY}}}",
-    "int4 weights": f"quantize.weights{{format=int4-g32}},kv.static_cache{{capacity={CAPACITY}}},kv.quantize",
-    "fp8 weights": "quantize.weights{format=fp8-e4m3fn}",
+    "int8 weights": f"quantize.rtn{{format=int8}},kv.static_cache{{capacity={CAPACITY}}}",
+    "int4 weights": f"quantize.rtn{{format=int4-g32}},kv.static_cache{{capacity={CAPACITY}}},kv.quantize",
+    "fp8 weights": "quantize.rtn{format=fp8-e4m3fn}",
 }
 
 

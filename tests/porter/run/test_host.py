@@ -256,7 +256,7 @@ from porter.context import Context
 from porter.lower.lower import lower
 from porter.pipeline import Pipeline
 model = decoders.tiny_decoder()
-passes = "quantize.weights{format=int4-g32},kv.static_cache{capacity=32},kv.quantize"
+passes = "quantize.rtn{format=int4-g32},kv.static_cache{capacity=32},kv.quantize"
 Pipeline.parse(passes).run(model, Context())
 lower(model, target.load("host"), Path(sys.argv[1]), {"batch": 4, "sequence": 8, "past": 16})
 """

@@ -7,7 +7,7 @@ import decoders
 import numpy as np
 import onnx_ir as ir
 import pytest
-from porter.passes.quantize.weights import QuantizeWeights
+from porter.passes.quantize.rtn import RoundToNearest
 
 from porter import formats
 from porter.context import Context
@@ -68,7 +68,7 @@ def test_every_form_of_a_linear_becomes_itself_with_rounded_weights(kind, name):
     w, x = noise(5, 172), noise(3, 172, seed=1)
     stored = w if rows else np.ascontiguousarray(w.T)
     model = model_of(text, w=stored)
-    assert QuantizeWeights(format=name).run(model, Context()) == 1
+    assert RoundToNearest(format=name).run(model, Context()) == 1
     wanted = decoders.run(
         model_of(text, w=rounded(name, w) if rows else rounded(name, w).T.copy()), {"x": x}
     )["y"]
@@ -89,7 +89,7 @@ def test_a_whole_decoder_computes_what_rounded_weights_compute(name):
     for linear in linears:
         value = wanted.graph.initializers[linear]
         value.const_value = ir.tensor(rounded(name, value.const_value.numpy()), name=linear)
-    assert QuantizeWeights(format=name).run(model, Context()) == len(linears) == 8
+    assert RoundToNearest(format=name).run(model, Context()) == len(linears) == 8
     feeds = {"input_ids": np.arange(10).reshape(2, 5), **decoders.empty_cache(model, 2)}
     one, two = decoders.run(model, feeds), decoders.run(wanted, feeds)
     for out in one:  # the dequantized floats are the same bits and so is every operator after them
@@ -97,15 +97,15 @@ def test_a_whole_decoder_computes_what_rounded_weights_compute(name):
 
 
 def test_it_makes_no_edits_twice_and_reads_back():
-    model, step = decoders.tiny_decoder(), QuantizeWeights(format="int4-g32")
+    model, step = decoders.tiny_decoder(), RoundToNearest(format="int4-g32")
     assert step.run(model, Context()) > 0
     assert step.run(model, Context()) == 0
-    assert Pipeline.parse("quantize.weights{format=int4-g32}").passes == (step,)
+    assert Pipeline.parse("quantize.rtn{format=int4-g32}").passes == (step,)
 
 
 def test_names_of_codes_scales_and_values():
     model = decoders.tiny_decoder(layers=1, fused=False)
-    QuantizeWeights(format="int4-g32").run(model, Context())
+    RoundToNearest(format="int4-g32").run(model, Context())
     name = "model.layers.0.self_attn.q_proj.weight"
     assert model.graph.initializers[name].dtype == ir.DataType.INT4
     assert list(model.graph.initializers[f"{name}.scale"].shape) == [32, 1]
@@ -133,7 +133,7 @@ def rounded_names(model: ir.Model) -> set[str]:
 )
 def test_which_roles_are_left_alone(tied, skip, tables):
     model = decoders.tiny_decoder(tied=tied, positions="table")
-    QuantizeWeights(skip=skip).run(model, Context())
+    RoundToNearest(skip=skip).run(model, Context())
     names = rounded_names(model)
     assert {n for n in names if "_proj" not in n} == tables
     assert sum("_proj" in n for n in names) == 8
@@ -145,20 +145,20 @@ def test_a_table_of_angles_is_no_embedding():
     text = """g (int64[s] ids, int64[s] places) => (float[s,8] y)
     { a = Gather(words, ids) b = Gather(angles, places) y = Add(a, b) }"""
     model = model_of(text, words=noise(9, 8), angles=noise(9, 8, seed=1))
-    assert QuantizeWeights(skip=()).run(model, Context()) == 1
+    assert RoundToNearest(skip=()).run(model, Context()) == 1
     assert rounded_names(model) == {"words"}
 
 
 def test_patterns_of_names_are_left_alone():
     model = decoders.tiny_decoder(fused=False)
-    step = QuantizeWeights(skip=("embedding", "head", "*.down_proj.*", "*layers.1.self_attn.?_proj.weight"))
+    step = RoundToNearest(skip=("embedding", "head", "*.down_proj.*", "*layers.1.self_attn.?_proj.weight"))
     assert step.run(model, Context()) == 14 - 2 - 4
     assert Pipeline.parse(str(step)).passes == (step,)
     assert step.run(model, Context()) == 0
 
 
 def test_skip_may_be_empty_in_text():
-    (step,) = Pipeline.parse("quantize.weights{skip=}").passes
+    (step,) = Pipeline.parse("quantize.rtn{skip=}").passes
     assert step.skip == ()
     assert Pipeline.parse(str(step)).passes == (step,)
 
@@ -167,7 +167,7 @@ def test_a_name_that_is_taken_is_not_taken_again():
     text = "g (float[s,6] x) => (float[s,6] y) { t = Transpose(w) z = MatMul(x, t) y = Add(z, other) }"
     model = model_of(text, w=noise(6, 6), other=noise(6))
     model.graph.initializers["other"].name = "w.scale"
-    assert QuantizeWeights(skip=()).run(model, Context()) == 1
+    assert RoundToNearest(skip=()).run(model, Context()) == 1
     assert {"w", "w.scale", "w.scale_1"} == set(model.graph.initializers)
     assert decoders.run(model, {"x": noise(2, 6)})["y"].shape == (2, 6)
 
@@ -187,16 +187,16 @@ LEFT_ALONE = {
 def test_weights_with_a_use_it_does_not_know_are_left_alone(text):
     model = model_of(text, w=noise(6, 6))
     before = ir.to_proto(model).SerializeToString()
-    assert QuantizeWeights(skip=()).run(model, Context()) == 0
+    assert RoundToNearest(skip=()).run(model, Context()) == 0
     assert ir.to_proto(model).SerializeToString() == before
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 6), (6,), (0, 6)])
-def test_only_matrices_are_rounded(shape):
+@pytest.mark.parametrize("shape", [(2, 3, 6, 6), (6,), (0, 6), (2, 0, 6)])
+def test_only_matrices_and_stacks_of_them_are_rounded(shape):
     model = model_of(
         "g (float[s,6] x) => (float y) { z = MatMul(x, w) y = Relu(z) }", w=np.ones(shape, np.float32)
     )
-    assert QuantizeWeights(skip=()).run(model, Context()) == 0
+    assert RoundToNearest(skip=()).run(model, Context()) == 0
 
 
 def test_heads_are_seen_through_a_bias_and_a_soft_cap():
@@ -205,7 +205,7 @@ def test_heads_are_seen_through_a_bias_and_a_soft_cap():
     d = Div(c, cap) e = Tanh(d) y = Mul(e, cap) }"""
     weights = {"u": noise(6, 6), "w": noise(6, 4), "bias": noise(4), "cap": np.float32(30)}
     model = model_of(text, **{k: np.asarray(v) for k, v in weights.items()})
-    assert QuantizeWeights().run(model, Context()) == 1
+    assert RoundToNearest().run(model, Context()) == 1
     assert rounded_names(model) == {"u"}
 
 
@@ -213,7 +213,7 @@ def test_a_residual_does_not_make_a_head_of_every_layer():
     text = """g (float[s,6] x) => (float[s,6] y) { a = MatMul(x, u) b = Add(x, a)
     c = MatMul(b, w) y = Add(b, c) }"""
     model = model_of(text, u=noise(6, 6), w=noise(6, 6))
-    assert QuantizeWeights().run(model, Context()) == 2
+    assert RoundToNearest().run(model, Context()) == 2
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -225,19 +225,23 @@ def test_weights_that_are_not_finite_are_refused_by_name_before_anything_changes
     model.graph.initializers[name].const_value = ir.tensor(array, name=name)
     before = len(model.graph)
     with pytest.raises(PassError, match=r"PORT-0255.*\[3, 4\].*down_proj") as error:
-        QuantizeWeights().run(model, Context())
+        RoundToNearest().run(model, Context())
     assert error.value.where == name
     assert len(model.graph) == before
 
 
+@pytest.mark.parametrize("scales", ["", "fp16", "bf16"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_weights_get_half_scales(dtype):
+def test_half_weights_are_decoded_to_their_own_type(dtype, scales):
     kind = ir.DataType[dtype.upper()]
     w = noise(5, 33).astype(kind.numpy())
     text = f"g ({dtype}[s,33] x) => ({dtype}[s,5] y) {{ t = Transpose(w) z = MatMul(x, t) y = Relu(z) }}"
     model = model_of(text, w=w)
-    assert QuantizeWeights(format="int4-g32").run(model, Context()) == 1
-    assert model.graph.initializers["w.scale"].dtype == kind
+    assert RoundToNearest(format="int4-g32", scales=scales).run(model, Context()) == 1
+    wanted = {"": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[scales]
+    assert model.graph.initializers["w.scale"].dtype == wanted
+    (turn,) = [n for n in model.graph if n.op_type == "Transpose"]
+    assert turn.inputs[0].dtype == kind
     codes, scale = (weight_of(model, n).astype(np.float32) for n in ("w", "w.scale"))
     back = codes * np.repeat(scale, [32, 1], axis=1)
     # At most a whole step, for a value of the sign that has no code 8; and half precision's own rounding.
@@ -248,20 +252,20 @@ def test_the_target_names_the_flavour():
     host = load("host")
     for family, full in (("fp8", ir.DataType.FLOAT8E4M3FN), ("int4", ir.DataType.INT4)):
         model = decoders.tiny_decoder(layers=1, fused=False)
-        QuantizeWeights(format=family).run(model, Context(target=host))
+        RoundToNearest(format=family).run(model, Context(target=host))
         assert model.graph.initializers["model.layers.0.mlp.up_proj.weight"].dtype == full
         with pytest.raises(PassError, match="PORT-0252"):
-            QuantizeWeights(format=family).run(decoders.tiny_decoder(), Context())
+            RoundToNearest(format=family).run(decoders.tiny_decoder(), Context())
 
 
 @pytest.mark.parametrize(
     ("step", "opset", "code"),
     [
-        (QuantizeWeights(format="fp8-e4m3"), 21, "PORT-0253"),
-        (QuantizeWeights(format="int8"), 20, "PORT-0254"),
-        (QuantizeWeights(format="int9"), 21, "PORT-0250"),
-        (QuantizeWeights(format="mxfp4"), 21, "PORT-0251"),
-        (QuantizeWeights(skip=("heads",)), 21, "PORT-0256"),
+        (RoundToNearest(format="int8"), 20, "PORT-0254"),
+        (RoundToNearest(format="int9"), 21, "PORT-0250"),
+        (RoundToNearest(format="mxfp4"), 21, "PORT-0254"),
+        (RoundToNearest(format="mxfp4", scales="fp16"), 24, "PORT-0257"),
+        (RoundToNearest(skip=("heads",)), 21, "PORT-0256"),
     ],
 )
 def test_options_and_models_that_do_not_fit(step, opset, code):
@@ -271,7 +275,7 @@ def test_options_and_models_that_do_not_fit(step, opset, code):
 
 
 def test_fp32_changes_nothing():
-    assert QuantizeWeights(format="fp32").run(decoders.tiny_decoder(), Context()) == 0
+    assert RoundToNearest(format="fp32").run(decoders.tiny_decoder(), Context()) == 0
 
 
 class Counting(ir.Tensor):
@@ -289,7 +293,7 @@ def test_each_weight_is_read_once_to_check_and_once_to_round():
     weights = {n: Counting(weight_of(model, n), name=n) for n in model.graph.initializers if "_proj" in n}
     for name, tensor in weights.items():
         model.graph.initializers[name].const_value = tensor
-    QuantizeWeights().run(model, Context())
+    RoundToNearest().run(model, Context())
     assert {t.reads for t in weights.values()} == {1}
     first = ir.to_proto(model).SerializeToString()
     assert {t.reads for t in weights.values()} == {2}
@@ -298,7 +302,7 @@ def test_each_weight_is_read_once_to_check_and_once_to_round():
 
 def test_codes_and_scales_may_be_read_in_any_order():
     model = decoders.tiny_decoder(layers=1, fused=False)
-    QuantizeWeights(format="int4-g32").run(model, Context())
+    RoundToNearest(format="int4-g32").run(model, Context())
     names = [n for n in model.graph.initializers if "_proj" in n]
     wanted = {n: weight_of(model, n).copy() for n in names}
     for name in np.random.default_rng(0).permutation(names * 2):
@@ -313,7 +317,7 @@ def test_the_pass_holds_no_more_than_a_weight():
     model = model_of(text, **{f"w{i}": noise(512, 512, seed=i) for i in range(8)})
     gc.collect()
     tracemalloc.start()
-    assert QuantizeWeights(format="int8").run(model, Context()) == 8
+    assert RoundToNearest(format="int8").run(model, Context()) == 8
     for value in model.graph.initializers.values():
         value.const_value.tobytes()
     peak = tracemalloc.get_traced_memory()[1]
