@@ -36,17 +36,26 @@ def candidates(form: Format, values: np.ndarray, factor: np.float32 | None = Non
     """
     if form.micro:
         return [_micro(form, values)]
+    high, low = (f(values, form.group, form.rows) for f in (blocks.largest, blocks.smallest))
+    return of_extremes(form, high, low, factor)
+
+
+def of_extremes(
+    form: Format, high: np.ndarray, low: np.ndarray, factor: np.float32 | None = None
+) -> list[Scales]:
+    """The same, from the largest and the smallest value of each group [..., R, G]; not for MX9, MX6."""
+    peak = np.maximum(high, -low)
     if form.scale == "e8m0":
         fixed = np.float32(2.0**-form.fraction) if form.fraction else None
-        return [Scales(_power(_absmax(form, values), form.largest, form.mx), factor=fixed)]
+        return [Scales(_power(peak, form.largest, form.mx), factor=fixed)]
     if form.scale == "e4m3fn":
-        return [_two_level(form, values, factor)]
+        return [_two_level(form, peak, factor)]
     if form.zero:
-        return [_asymmetric(form, values)]
-    plain = Scales(stored(_absmax(form, values), form.largest, form.scale))
+        return [_asymmetric(form, high, low)]
+    plain = Scales(stored(peak, form.largest, form.scale))
     if not isinstance(form.elements, Integer) or form.bits == 8:
         return [plain]
-    signed = blocks.signed_absmax(values, form.group, form.rows)
+    signed = np.where(high >= -low, high, low)  # a tie is positive
     return [plain, Scales(stored(signed, form.elements.smallest, form.scale))]
 
 
@@ -61,13 +70,8 @@ def stored(peak: np.ndarray, code: float, scale: str) -> np.ndarray:
     return np.where(peak == 0, np.float32(1), bounded).astype(SCALES[scale])
 
 
-def _absmax(form: Format, values: np.ndarray) -> np.ndarray:
-    return blocks.absmax(values, form.group, form.rows)
-
-
-def _asymmetric(form: Format, values: np.ndarray) -> Scales:
-    high = np.maximum(blocks.largest(values, form.group, form.rows), 0)
-    low = np.minimum(blocks.smallest(values, form.group, form.rows), 0)
+def _asymmetric(form: Format, high: np.ndarray, low: np.ndarray) -> Scales:
+    high, low = np.maximum(high, 0), np.minimum(low, 0)
     with np.errstate(over="ignore"):  # a range beyond float32 becomes the largest scale, and saturates
         scales = stored(high - low, form.elements.largest, form.scale)
     return Scales(scales, zeros=form.elements.encode(-low / scales.astype(np.float32)))
@@ -93,9 +97,9 @@ def whole_factor(form: Format, peak: float) -> np.float32:
     return np.float32(stored(np.float32(peak), largest, "fp32"))
 
 
-def _two_level(form: Format, values: np.ndarray, factor: np.float32 | None) -> Scales:
+def _two_level(form: Format, peak: np.ndarray, factor: np.float32 | None) -> Scales:
     """NVFP4: a scale that would round to nothing becomes the smallest that e4m3fn has."""
-    peak, inner = _absmax(form, values), ELEMENTS[form.scale]
+    inner = ELEMENTS[form.scale]
     factor = whole_factor(form, peak.max()) if factor is None else factor
     ratio = np.maximum(peak / np.float32(form.largest) / factor, inner.values[1])
     ratio = np.where(peak == 0, np.float32(1), ratio)
@@ -105,7 +109,7 @@ def _two_level(form: Format, values: np.ndarray, factor: np.float32 | None) -> S
 def _micro(form: Format, values: np.ndarray) -> Scales:
     """MX9, MX6: the group's exponent is its largest element's, whatever `mx` says; a pair's shift is 1 when
     both are smaller than it."""
-    scales = _power(_absmax(form, values), form.largest, "floor")
+    scales = _power(blocks.absmax(values, form.group), form.largest, "floor")
     pairs = blocks.absmax(values, form.micro)
     per_pair = blocks.spread(scales.astype(np.float32), pairs.shape[-1], form.group // form.micro)
     return Scales(scales, shifts=(pairs < per_pair).astype(np.uint8))

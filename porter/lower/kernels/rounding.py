@@ -13,7 +13,10 @@ from porter.lower.kernels.define import Expr, T, define, f32, i64, local, loop, 
 
 LANES = 16
 PARTIAL = 8  # sums that numpy keeps side by side
-SUMMED = (PARTIAL + 1, 129)  # lengths whose squares `errors` adds up as numpy does: one block of its pairwise sum
+SUMMED = (
+    PARTIAL + 1,
+    129,
+)  # lengths whose squares `errors` adds up as numpy does: one block of its pairwise sum
 
 
 def extremes(name: str, length: int) -> tirx.PrimFunc:
@@ -38,7 +41,11 @@ def extremes(name: str, length: int) -> tirx.PrimFunc:
                 store(out, best[i64(0)], m)
 
     per_group = ("groups",)
-    buffers = [("values", ("groups", length), "float32"), ("high", per_group, "float32"), ("low", per_group, "float32")]
+    buffers = [
+        ("values", ("groups", length), "float32"),
+        ("high", per_group, "float32"),
+        ("low", per_group, "float32"),
+    ]
     return define(name, buffers, body)
 
 
@@ -85,13 +92,24 @@ def errors(name: str, length: int, low: int, high: int) -> tirx.PrimFunc:
     return define(name, buffers, body)
 
 
-def integers(name: str, length: int | None, low: int, high: int) -> tirx.PrimFunc:
-    """values, a scale each group -> int8 codes: value / scale to nearest, ties to even, kept in low to high."""
-    return _elementwise(name, length, "int8", lambda ratio: _clipped(tirx.nearbyint(ratio), low, high).astype("int8"))
+def integers(name: str, length: int | None, low: int, high: int, zero: bool) -> tirx.PrimFunc:
+    """values, a scale each group[, a zero point] -> int8 codes, or uint8 where none is below 0.
+
+    value / scale to nearest, ties to even, plus the zero point, kept in low to high.
+    """
+
+    def code(ratio: Expr, *zeros: Expr) -> Expr:
+        whole = tirx.nearbyint(ratio)
+        return _clipped(whole + zeros[0] if zeros else whole, low, high).astype(dtype)
+
+    dtype = "int8" if low < 0 else "uint8"
+    return _elementwise(name, length, dtype, code, ("zero",) if zero else ())
 
 
-def floats(name: str, length: int | None, mantissa: int, bias: int, bits: int, top: int, zero: bool) -> tirx.PrimFunc:
-    """values, a scale each group -> uint8 codes of a small float: to nearest, ties to even, saturating at `top`.
+def floats(
+    name: str, length: int | None, mantissa: int, bias: int, bits: int, top: int, zero: bool
+) -> tirx.PrimFunc:
+    """values, a scale each group -> uint8 codes of a small float: to nearest, ties to even, saturating.
 
     A float of 1 sign bit, `mantissa` bits and the rest of `bits` for the exponent; `top` is the code of its
     largest value. Without `zero` there is no negative zero.
@@ -108,7 +126,9 @@ def floats(name: str, length: int | None, mantissa: int, bias: int, bits: int, t
         magnitude = T.reinterpret("float32", size)
         even = (size >> i32(drop)) & i32(1)
         normal = ((size + i32((1 << (drop - 1)) - 1) + even) >> i32(drop)) - i32((127 - bias) << mantissa)
-        small = tirx.Cast("int32", tirx.nearbyint(tirx.min(magnitude, least) * f32(2.0 ** (bias - 1 + mantissa))))
+        small = tirx.Cast(
+            "int32", tirx.nearbyint(tirx.min(magnitude, least) * f32(2.0 ** (bias - 1 + mantissa)))
+        )
         found = tirx.min(tirx.Select(magnitude < least, small, normal), i32(top))
         sign = (whole >> i32(32 - bits)) & i32(1 << (bits - 1))
         signed = found | (sign if zero else tirx.Select(found == i32(0), i32(0), sign))
@@ -117,10 +137,16 @@ def floats(name: str, length: int | None, mantissa: int, bias: int, bits: int, t
     return _elementwise(name, length, "uint8", code)
 
 
-def _elementwise(name: str, length: int | None, dtype: str, code: Callable[[Expr], Expr]) -> tirx.PrimFunc:
-    def body(values: tirx.Buffer, scale: tirx.Buffer, codes: tirx.Buffer, groups: Expr, columns: Expr | None = None) -> None:
+def _elementwise(
+    name: str, length: int | None, dtype: str, code: Callable[..., Expr], more: tuple[str, ...] = ()
+) -> tirx.PrimFunc:
+    """code(value / scale, and what else there is `more` of each group) for every value."""
+
+    def body(*buffers: tirx.Buffer, groups: Expr, columns: Expr | None = None) -> None:
+        values, scale, *others, codes = buffers
+
         def at(m: Expr, i: Expr) -> None:
-            store(codes, code(values[m, i] / scale[m]), m, i)
+            store(codes, code(values[m, i] / scale[m], *(o[m] for o in others)), m, i)
 
         size = i64(length) if columns is None else columns
         whole = tirx.floordiv(size, i64(LANES))
@@ -131,8 +157,8 @@ def _elementwise(name: str, length: int | None, dtype: str, code: Callable[[Expr
                 at(m, whole * i64(LANES) + i)
 
     shape = ("groups", length or "columns")
-    buffers = [("values", shape, "float32"), ("scale", ("groups",), "float32"), ("codes", shape, dtype)]
-    return define(name, buffers, body)
+    groups = [(n, ("groups",), "float32") for n in ("scale", *more)]
+    return define(name, [("values", shape, "float32"), *groups, ("codes", shape, dtype)], body)
 
 
 def _clipped(x: Expr, low: int, high: int) -> Expr:
