@@ -26,6 +26,7 @@ import onnx_ir as ir
 
 from porter.context import Context
 from porter.errors import PassError
+from porter.graph.structure import FOREIGN
 from porter.match import attribute, words
 from porter.pipeline import Pass, Promise
 
@@ -81,7 +82,7 @@ def _refusal(what: str, where: str, hint: str = "export the model at opset 23 or
 
 def _raise(node: ir.Node, version: int) -> bool:
     """Bring one node from `version` to TARGET; whether its form changed."""
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain not in ("", "ai.onnx") or node.op_type in FOREIGN:
         return False
     node.version = None
     if not onnx.defs.has(node.op_type):

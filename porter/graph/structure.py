@@ -16,6 +16,7 @@ from porter.graph.untrusted import shown
 # Domains whose every operator onnx has a schema for. Other domains are let through here; check.support judges
 # them.
 CHECKED = ("", "ai.onnx.ml", "ai.onnx.preview.training")
+FOREIGN = ("SimplifiedLayerNormalization",)  # which ONNX Runtime keeps in ONNX's own domain
 OWN = "porter"  # its operators are model-local functions, or a mistake
 
 Defined = ChainMap[str, ir.Value]
@@ -148,7 +149,7 @@ def _check_node(node: ir.Node, opsets: Mapping[str, int], functions: Mapping) ->
     function = functions.get(node.op_identifier())
     if function is not None:
         _check_call(node, function)
-    elif node.domain in CHECKED:
+    elif node.domain in CHECKED and node.op_type not in FOREIGN:
         _check_operator(node, _signature(node.op_type, opsets[node.domain], node.domain))
     elif node.domain == OWN:
         raise ModelError("PORT-0123", "the model has no such function", where=_label(node))

@@ -83,11 +83,12 @@ def replace(
         tensor = lazy.tensor(results, i, part.convert, part.dtype, part.shape)
         tensor.name = name
         made[part.name] = _initializer(graph, matrix.value if not i else None, name, tensor)
-    value = _Nodes(model, first, matrix, form).decoded(**made)
+    nodes = _Nodes(model, first, matrix, form)
+    value = nodes.decoded(**made)
     if matrix.tensor.dtype != ir.DataType.FLOAT:
-        value = _Nodes(model, first, matrix, form).op("Cast", [value], to=matrix.tensor.dtype.value)
+        value = nodes.op("Cast", [value], matrix.shape, to=matrix.tensor.dtype.value)
     value.name = fresh_name(graph, f"{matrix.name}.dequantized")
-    value.shape, value.type = ir.Shape(matrix.shape), ir.TensorType(matrix.tensor.dtype)
+    value.type = ir.TensorType(matrix.tensor.dtype)
     _read_decoded(matrix, value)
 
 
@@ -113,7 +114,11 @@ def _parts(form: Format, shape: tuple[int, ...]) -> list[Part]:
     parts.append(_blocks("scale", SCALES[form.scale], scales, flat, lambda e: e.scales))
     if form.zero:
         dtype = ir.DataType.FLOAT if form.zero == "real" else TYPED.get(form.element, ir.DataType.UINT8)
-        parts.append(_blocks("zero", dtype, scales, flat, lambda e: e.zeros))
+        if decodes_by_type(form) and flat is None:  # no operator repeats rows of 4-bit codes
+            each = [*lead, n, scales[-1]]
+            parts.append(_blocks("zero", dtype, each, None, lambda e: _for_each_row(e.zeros, form.rows, n)))
+        else:
+            parts.append(_blocks("zero", dtype, scales, flat, lambda e: e.zeros))
     if form.micro:
         pairs = -(-k // form.micro)
         packed = [*lead, n, -(-pairs // 8)]
@@ -144,6 +149,11 @@ def _blocks(
     """A number a block: stored [..., R, G], or as DequantizeLinear has it without blocks."""
     wanted = flat if flat is not None else shape
     return Part(name, dtype, wanted, of, lambda a: _typed(a, dtype).reshape(wanted))
+
+
+def _for_each_row(per_block: np.ndarray, rows: int, n: int) -> np.ndarray:
+    """[..., R, G] -> [..., n, G]: what `rows` rows share (0: all), for each row."""
+    return np.repeat(per_block, rows or n, axis=-2)[..., :n, :]
 
 
 def _typed(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
@@ -195,22 +205,23 @@ class _Nodes:
     ) -> ir.Value:
         """float32 [..., N, K]."""
         if scale is None:
-            return self.op("Cast", [codes], to=ir.DataType.FLOAT.value)
+            return self._as_float(codes)
         scale = self._as_float(scale)
-        scale = scale if factor is None else self.op("Mul", [scale, factor])
+        scale = scale if factor is None else self.op("Mul", [scale, factor], scale.shape)
         if decodes_by_type(self.form):
             return self._dequantize(codes, scale, zero)
         if self.form.element in TYPED:
-            value = self.op("Cast", [codes], to=ir.DataType.FLOAT.value)
+            value = self._as_float(codes)
         else:
             value = self._decode(functions.decoder(self.form.element), codes, self.shape[-1])
         group = self.form.group or self.shape[-1]
         if zero is not None:
-            value = self._call("SubtractBlocks", [value, self._rows(self._as_float(zero))], block=group)
+            zero = self._rows(self._as_float(zero))
+            value = self._call("SubtractBlocks", [value, zero], self.shape, block=group)
         if shifts is not None:
             halves = self._decode("DecodeShifts", shifts, -(-self.shape[-1] // self.form.micro))
-            value = self._call("ScaleBlocks", [value, halves], block=self.form.micro)
-        return self._call("ScaleBlocks", [value, self._rows(scale)], block=group)
+            value = self._call("ScaleBlocks", [value, halves], self.shape, block=self.form.micro)
+        return self._call("ScaleBlocks", [value, self._rows(scale)], self.shape, block=group)
 
     def _dequantize(self, codes: ir.Value, scale: ir.Value, zero: ir.Value | None) -> ir.Value:
         rank, group = len(self.shape), self.form.group or self.shape[-1]
@@ -218,8 +229,9 @@ class _Nodes:
             place = {"axis": 0}
         else:
             place = {"axis": rank - 1, "block_size": group}
-            scale, zero = self._rows(scale), None if zero is None else self._rows(zero)
-        return self.op("DequantizeLinear", [codes, scale, *([] if zero is None else [zero])], **place)
+            scale = self._rows(scale)
+        inputs = [codes, scale, *([] if zero is None else [zero])]
+        return self.op("DequantizeLinear", inputs, self.shape, **place)
 
     def _rows(self, per_block: ir.Value) -> ir.Value:
         """[..., N, G] of [..., R, G]."""
@@ -227,26 +239,35 @@ class _Nodes:
         rows = self.form.rows or n
         if rows == 1 or (n == 1 and per_block.shape[-2] == 1):
             return per_block
-        return self._call("RepeatRows", [per_block], rows=rows, length=n)
+        *lead, _, groups = per_block.shape
+        return self._call("RepeatRows", [per_block], [*lead, n, groups], rows=rows, length=n)
 
     def _as_float(self, value: ir.Value) -> ir.Value:
         same = value.dtype == ir.DataType.FLOAT
-        return value if same else self.op("Cast", [value], to=ir.DataType.FLOAT.value)
+        return value if same else self.op("Cast", [value], value.shape, to=ir.DataType.FLOAT.value)
 
     def _decode(self, function: str, packed: ir.Value, length: int) -> ir.Value:
         element = "" if function == "DecodeShifts" else self.form.element
-        return self._call(function, [packed], element, length=length)
-
-    def _call(self, function: str, inputs: list[ir.Value], element: str = "", **attributes: int) -> ir.Value:
         functions.add(self.model, function, element, self.form.bits)
-        return self.op(function, inputs, functions.DOMAIN, **attributes)
+        shape = [*self.shape[:-1], length]
+        return self.op(function, [packed], shape, functions.DOMAIN, length=length)
 
-    def op(self, kind: str, inputs: Iterable[ir.Value], domain: str = "", **attributes: int) -> ir.Value:
-        """One node before `first`; its output is named after the weight."""
-        node = ir.node(kind, list(inputs), attributes, domain=domain)
-        node.outputs[0].name = fresh_name(self.first.graph, f"{self.name}.{kind.lower()}")
+    def _call(
+        self, function: str, inputs: list[ir.Value], shape: Iterable[int], **attributes: int
+    ) -> ir.Value:
+        functions.add(self.model, function)
+        return self.op(function, inputs, shape, functions.DOMAIN, **attributes)
+
+    def op(
+        self, kind: str, inputs: list[ir.Value], shape: Iterable[int], domain: str = "", **attributes: int
+    ) -> ir.Value:
+        """One node before `first`; its output is float32 of that shape, and named after the weight."""
+        node = ir.node(kind, inputs, attributes, domain=domain)
+        out = node.outputs[0]
+        out.name = fresh_name(self.first.graph, f"{self.name}.{kind.lower()}")
+        out.type, out.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
         self.first.graph.insert_before(self.first, node)
-        return node.outputs[0]
+        return out
 
 
 def _initializer(graph: ir.Graph, value: ir.Value | None, name: str, tensor: ir.LazyTensor) -> ir.Value:
