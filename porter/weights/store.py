@@ -106,7 +106,7 @@ class Part:
 def _parts(form: Format, shape: tuple[int, ...]) -> list[Part]:
     """The initializers of a weight of `shape`, its codes first."""
     *lead, n, k = shape
-    scales = [*lead, *form.scales(n, k)]
+    scales = [*lead, *form.groups(n, k)]
     parts = [_codes(form, shape)]
     if form.element in HALVES:
         return parts
