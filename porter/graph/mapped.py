@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from porter import memory
 from porter.errors import ModelError
 from porter.graph.untrusted import byte_count, shown
 
@@ -179,10 +180,13 @@ def _map(folder: str, location: str, name: str) -> Mapping:
     with open_beneath(folder, location, name) as fd:
         size = os.fstat(fd).st_size
         try:
-            return mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else b""
+            mapping = mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else b""
         except OSError as error:  # every mapping holds a file descriptor
             what = f"cannot map the external data: {error.strerror}"
             raise ModelError("PORT-0112", what, where=shown(location)) from error
+    if size:
+        memory.mapped.add(mapping)
+    return mapping
 
 
 @contextlib.contextmanager
