@@ -131,6 +131,9 @@ def convert(
         int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
     ] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")] = False,
+    max_memory: Annotated[
+        str, typer.Option(help="Memory that it may take, as 4GiB; refused at once when that is too little.")
+    ] = "",
     json_: Json = False,
 ) -> None:
     """Port a model to a target: a bundle, and a report of how far its output drifted."""
@@ -139,9 +142,8 @@ def convert(
     from porter.terminal import Stages, print_report
 
     with Stages(quiet=json_) as stages:
-        options = Options(
-            target, weights, kv, pipeline, budget, data, seed, context, keep, _command(), stages.update
-        )
+        options = Options(target, weights, kv, pipeline, budget, data, seed, context, keep, max_memory,
+                          _command(), stages.update)  # fmt: skip
         try:
             report = run(model, output, options)
         except PorterError as error:

@@ -33,7 +33,9 @@ def parse(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.IGNORECASE)
     unit = UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or not float(match[1]):
-        raise OptionError("PORT-0904", f"{text!r} is no amount of memory", where="--max-memory", hint="as 4GiB or 500MB")
+        raise OptionError(
+            "PORT-0904", f"{text!r} is no amount of memory", where="--max-memory", hint="as 4GiB or 500MB"
+        )
     return int(float(match[1]) * unit)
 
 
@@ -69,14 +71,15 @@ def available() -> int:
 
 
 class Watch:
-    """Looks at this process's memory while it is entered: `peak` is the most that was seen of each.
+    """Looks at this process's memory while it is entered; `peaks` is the most that was seen in each stage.
 
-    With a `limit` in bytes, mapped pages are dropped from `ROOM` of it on, and `check` holds it.
+    With a `limit` in bytes, mapped pages are dropped from `ROOM` of it on, and `enter` holds it.
     """
 
     def __init__(self, limit: int = 0) -> None:
-        self.limit, self.peak = limit, usage()
-        self._over = threading.Event()
+        self.limit = limit
+        self.peaks: dict[str, Usage] = {}
+        self._stage = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="porter-memory", daemon=True)
 
@@ -88,24 +91,31 @@ class Watch:
         self._end.set()
         self._thread.join()
 
-    def check(self, stage: str) -> None:
-        """Raise EnvironmentFailure PORT-0906 when more than the limit was taken."""
-        if self._over.is_set():
-            what = f"{stage} took {shown(self.peak.anonymous)} of memory, and --max-memory allows {shown(self.limit)}"
-            raise EnvironmentFailure("PORT-0906", what, hint="allow more; and report it, for less was predicted")
+    @property
+    def peak(self) -> Usage:
+        """The most that was seen of each."""
+        seen = [usage(), *self.peaks.values()]
+        return Usage(max(u.anonymous for u in seen), max(u.resident for u in seen))
+
+    def enter(self, stage: str) -> None:
+        """`stage` begins, or goes on. Raises EnvironmentFailure PORT-0906 when the limit was not kept."""
+        self._look()
+        taken, before = self.peak.anonymous, self._stage
+        self._stage = stage
+        if self.limit and taken > self.limit:
+            what = f"{before or stage} took {shown(taken)} of memory, and --max-memory allows {shown(self.limit)}"
+            raise EnvironmentFailure("PORT-0906", what, hint="allow more, and report it: less was predicted")
 
     def _run(self) -> None:
         while not self._end.wait(INTERVAL):
             self._look()
-        self._look()
 
     def _look(self) -> None:
-        now = usage()
-        self.peak = Usage(max(now.anonymous, self.peak.anonymous), max(now.resident, self.peak.resident))
+        now, stage = usage(), self._stage
+        then = self.peaks.get(stage, now)
+        self.peaks[stage] = Usage(max(now.anonymous, then.anonymous), max(now.resident, then.resident))
         if self.limit and now.resident > ROOM * self.limit:
             drop()
-        if self.limit and now.anonymous > self.limit:
-            self._over.set()
 
 
 def drop() -> None:

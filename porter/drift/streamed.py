@@ -1,4 +1,4 @@
-"""A model that is not opened at once: run a piece of the graph at a time over whole texts."""
+"""Large models run on whole texts, without a cache: opened, or a piece of the graph at a time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,25 @@ import onnx_ir as ir
 from porter import graph
 from porter.calibrate import Sweep
 from porter.decoder import Decoder
+from porter.drift.feeds import Factory
 from porter.run.feeds import empty_caches, feeds
 from porter.run.reference import spec
 
 
 @dataclass(frozen=True)
+class Forward:
+    """A model whose sessions take each text in one step, where stepping would decode every weight each time."""
+
+    session: Factory
+
+    def whole(self, texts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """float32 [batch, n, vocabulary] for each int64 [batch, n]."""
+        return (self.session(len(tokens)).step(tokens) for tokens in texts)
+
+
+@dataclass(frozen=True)
 class Streamed:
-    """The ONNX file `path`; pieces whose weights take `piece` bytes as float32, or that of one larger weight.
+    """A piece of the graph at a time: the ONNX file `path`; pieces whose weights take `piece` bytes as float32, or that of one larger weight.
 
     Frontiers lie in `folder` (None: where temporary files go). Raises what `graph.load` and `Sweep` do.
     """
