@@ -99,8 +99,9 @@ def convert(model: Path, out: Path, form: str, limit: str, tokens: int) -> dict[
     """Run `porter convert`; seconds, the report, and the largest memory that was seen, in bytes."""
     feeds = model.parent / "feeds.json"
     feeds.write_text(json.dumps(np.random.default_rng(1).integers(3, 8000, tokens + 1).tolist()))
-    command = [sys.executable, "-m", "porter", "convert", str(model), "-o", str(out), "--weights", form, "--data",
-               str(feeds), "--context", "256", "--max-memory", limit, "--json"]  # fmt: skip
+    options = {"-o": out, "--weights": form, "--data": feeds, "--context": 256, "--max-memory": limit}
+    given = [str(word) for option in options.items() for word in option]
+    command = [sys.executable, "-m", "porter", "convert", str(model), *given, "--json"]
     started, anonymous, stages = time.perf_counter(), 0, {}
     with (
         tempfile.TemporaryFile("w+") as answer,
@@ -146,9 +147,8 @@ def main() -> int:
             work.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
             count = write(given.size, model)
-            print(
-                f"{given.size}: {count / 1e9:.2f} billion weights written in {time.perf_counter() - started:.0f} s"
-            )
+            seconds = time.perf_counter() - started
+            print(f"{given.size}: {count / 1e9:.2f} billion weights written in {seconds:.0f} s", flush=True)
         for form in given.formats:
             found = convert(model, work / "out", form, given.max_memory, given.tokens)
             _print(form, found)
@@ -157,9 +157,10 @@ def main() -> int:
 
 
 def _print(form: str, found: dict[str, object]) -> None:
-    report = found["report"]
-    print(f"{form}: {found['seconds']:.0f} s; peak {found['anonymous'] / 2**30:.2f} GiB that the kernel cannot drop, "
-          f"{found['resident'] / 2**30:.2f} GiB resident (measured from outside)")  # fmt: skip
+    report, seen = found["report"], "measured from outside"
+    print(f"{form}: {found['seconds']:.0f} s ({seen})")
+    print(f"    {found['anonymous'] / 2**30:.2f} GiB at most that the kernel cannot drop ({seen})")
+    print(f"    {found['resident'] / 2**30:.2f} GiB at most with pages of mapped files ({seen})", flush=True)
     for group in ("memory", "seconds"):
         for name, figure in report[group].items():
             print(f"    {name}: {figure['value']:.4g} {figure['unit']} ({figure['kind']})")

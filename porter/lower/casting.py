@@ -95,8 +95,7 @@ class _Caster:
                 _copy(into, rounding.encode(form, self.values[place]))
                 return
             flat = self._load(place)
-            scales = choose(flat)
-            self._code(flat, scales, into["codes"])
+            scales = choose(flat, into["codes"])
             for name, array in _arrays(Encoded(form, flat, *scales)).items():
                 if name != "codes":
                     into[name][:, : self.groups] = array.reshape(-1, self.groups)
@@ -148,27 +147,55 @@ class _Caster:
         np.copyto(flat.reshape(len(block), self.full), block[:, : self.full], casting="same_kind")
         return flat
 
-    def _choose(self) -> Callable[[np.ndarray], Scales] | None:
-        """What gives each group's scales of values [groups, length]; None where no kernel does."""
+    def _choose(self) -> Callable[[np.ndarray, np.ndarray], Scales] | None:
+        """What gives the scales of values [groups, length] and puts the codes where it is told; None where no
+        kernel does."""
         form, group = self.form, self.group
         if not form.scale or form.micro or not isinstance(form.elements, Float | Integer):
             return None
         peak = _extremes(group)
         if not _competing(form):
-            return lambda flat: choice.of_extremes(form, *peak(flat))[0]
+
+            def only(flat: np.ndarray, codes: np.ndarray) -> Scales:
+                scales = choice.of_extremes(form, *peak(flat))[0]
+                self._code(flat, scales, codes)
+                return scales
+
+            return only
         if not kernels.SUMMED[0] <= group <= kernels.SUMMED[1]:
             return None
-        limits = form.elements.smallest, form.elements.largest
-        errors = _compiled("errors", group, *limits)
+        return self._better_of_two(peak) if form.scale != "fp32" else self._fused()
 
-        def better(flat: np.ndarray) -> Scales:
+    def _fused(self) -> Callable[[np.ndarray, np.ndarray], Scales]:
+        """The better of two float32 scales, all in one kernel."""
+        low, high = self.form.elements.smallest, self.form.elements.largest
+        largest = [abs(float(choice.stored(np.float32(np.inf), code, "fp32"))) for code in (high, low)]
+        kernel = _compiled("better", self.group, low, high, (float(choice.TINY), *largest))
+
+        def better(flat: np.ndarray, codes: np.ndarray) -> Scales:
+            room = [_scratch(f"room {i}", flat.shape[:1], np.float32) for i in range(8)]
+            made = _scratch("codes", flat.shape, np.int8)
+            kernel(flat, *room, made)
+            codes[:, : self.full] = made.reshape(len(codes), self.full)
+            return Scales(room[0])
+
+        return better
+
+    def _better_of_two(self, peak: Callable) -> Callable[[np.ndarray, np.ndarray], Scales]:
+        """The better of two scales as they are stored, in another type than float32."""
+        form, limits = self.form, (self.form.elements.smallest, self.form.elements.largest)
+        errors = _compiled("errors", self.group, *limits)
+
+        def better(flat: np.ndarray, codes: np.ndarray) -> Scales:
             high, low = peak(flat)
             first, second = (s.scales for s in choice.of_extremes(form, high, low))
             unit = np.maximum(np.maximum(high, -low), choice.TINY)
             lent = [_lent(n, a) for n, a in (("one", first), ("two", second), ("unit", unit))]
             a, b = (_scratch(n, high.shape, np.float32) for n in ("first", "second"))
             errors(flat, *lent, a, b)
-            return Scales(np.where(b < a, second, first))
+            scales = Scales(np.where(b < a, second, first))
+            self._code(flat, scales, codes)
+            return scales
 
         return better
 

@@ -23,73 +23,112 @@ def extremes(name: str, length: int) -> tirx.PrimFunc:
     """values -> the largest and the smallest of each group."""
 
     def body(values: tirx.Buffer, high: tirx.Buffer, low: tirx.Buffer, groups: Expr) -> None:
-        wide = min(LANES, 1 << (length.bit_length() - 1))  # the last vector may overlap the one before it
-        starts = sorted({*range(0, length - wide + 1, wide), length - wide})
         with loop(groups) as m:
-            for out, pick in ((high, tirx.max), (low, tirx.min)):
-                best = local(wide)
-                with loop(wide, "vectorized") as lane:
-                    store(best, values[m, lane], lane)
-                for start in starts[1:]:
-                    with loop(wide, "vectorized") as lane:
-                        store(best, pick(best[lane], values[m, i64(start) + lane]), lane)
-                half = wide // 2
-                while half:
-                    with loop(half, "vectorized") as lane:
-                        store(best, pick(best[lane], best[i64(half) + lane]), lane)
-                    half //= 2
-                store(out, best[i64(0)], m)
+            store(high, _extreme(values, m, length, tirx.max), m)
+            store(low, _extreme(values, m, length, tirx.min), m)
 
-    per_group = ("groups",)
-    buffers = [
-        ("values", ("groups", length), "float32"),
-        ("high", per_group, "float32"),
-        ("low", per_group, "float32"),
-    ]
-    return define(name, buffers, body)
+    sides = [(n, ("groups",), "float32") for n in ("high", "low")]
+    return define(name, [("values", ("groups", length), "float32"), *sides], body)
+
+
+def better(name: str, length: int, low: int, high: int, kept: tuple[float, ...]) -> tirx.PrimFunc:
+    """values -> each group's float32 scale and int8 codes, by the better of two scales.
+
+    The scales are absmax / high, and m / low where m is the value of largest magnitude with its sign, kept to
+    kept[0] … kept[1] and kept[0] … kept[2]; 1 for zeros. The sum of ((code * scale - value) / absmax)^2
+    decides, a tie for the first; absmax counts as kept[0] at least. The other buffers are room to work in.
+    """
+    assert SUMMED[0] <= length <= SUMMED[1]
+    names = ("scale", "most", "least", "one", "two", "unit", "first", "second")
+
+    def body(values: tirx.Buffer, *rest: tirx.Buffer, groups: Expr) -> None:
+        scale, most, least, one, two, unit, first, second, codes = rest
+        with loop(groups) as m:  # a loop for each thing, for LLVM makes vectors of groups of some
+            store(most, _extreme(values, m, length, tirx.max), m)
+            store(least, _extreme(values, m, length, tirx.min), m)
+        with loop(groups) as m:
+            below = f32(0) - least[m]
+            peak = tirx.max(most[m], below)
+            store(unit, tirx.max(peak, f32(kept[0])), m)
+            up, down = (
+                tirx.min(tirx.max(peak / f32(abs(code)), f32(kept[0])), f32(end))
+                for code, end in ((high, kept[1]), (low, kept[2]))
+            )
+            store(one, tirx.Select(peak == f32(0), f32(1), up), m)
+            signed = tirx.Select(most[m] >= below, f32(0) - down, down)
+            store(two, tirx.Select(peak == f32(0), f32(1), signed), m)
+        with loop(groups) as m:
+            store(first, _squares(values, m, length, one[m], unit[m], low, high), m)
+            store(second, _squares(values, m, length, two[m], unit[m], low, high), m)
+        with loop(groups) as m:
+            store(scale, tirx.Select(second[m] < first[m], two[m], one[m]), m)
+        with loop(groups) as m, loop(length) as i:
+            ratio = values[m, i] / scale[m]
+            store(codes, _clipped(tirx.nearbyint(ratio), low, high).astype("int8"), m, i)
+
+    shape, room = ("groups", length), [(n, ("groups",), "float32") for n in names]
+    return define(name, [("values", shape, "float32"), *room, ("codes", shape, "int8")], body)
 
 
 def errors(name: str, length: int, low: int, high: int) -> tirx.PrimFunc:
-    """values, two scales of each group, its unit -> the sum of ((code * scale - value) / unit)^2 under each.
-
-    Added up in the order of numpy's `add.reduceat`: the first square, and to it the pairwise sum of the rest
-    (eight partial sums, those in a tree, then what is left over one by one).
-    """
+    """values, two scales of each group, its unit -> the sum of ((code * scale - value) / unit)^2 under each."""
     assert SUMMED[0] <= length <= SUMMED[1]
-    whole = (length - 1) // PARTIAL
 
-    def body(
-        values: tirx.Buffer, one: tirx.Buffer, two: tirx.Buffer, unit: tirx.Buffer,
-        first: tirx.Buffer, second: tirx.Buffer, groups: Expr,
-    ) -> None:  # fmt: skip
-        def square(m: Expr, at: Expr, scale: tirx.Buffer) -> Expr:
-            value = values[m, at]
-            code = _clipped(tirx.nearbyint(value / scale[m]), low, high)
-            error = (_apart(code * scale[m]) - value) / unit[m]
-            return _apart(error * error)
-
-        def total(m: Expr, scale: tirx.Buffer) -> Expr:
-            sums, rest = local(PARTIAL), local(PARTIAL)
-            with loop(PARTIAL, "vectorized") as lane:
-                store(sums, square(m, i64(1) + lane, scale), lane)
-            for block in range(1, whole):
-                with loop(PARTIAL, "vectorized") as lane:
-                    store(sums, sums[lane] + square(m, i64(1 + block * PARTIAL) + lane, scale), lane)
-            with loop(PARTIAL, "vectorized") as lane:
-                store(rest, square(m, i64(length - PARTIAL) + lane, scale), lane)
-            s = [sums[i64(i)] for i in range(PARTIAL)]
-            added = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
-            for i in range(PARTIAL - (length - 1) % PARTIAL, PARTIAL):
-                added = added + rest[i64(i)]
-            return square(m, i64(0), scale) + added
-
+    def body(values: tirx.Buffer, *rest: tirx.Buffer, groups: Expr) -> None:
+        one, two, unit, first, second = rest
         with loop(groups) as m:
-            store(first, total(m, one), m)
-            store(second, total(m, two), m)
+            store(first, _squares(values, m, length, one[m], unit[m], low, high), m)
+            store(second, _squares(values, m, length, two[m], unit[m], low, high), m)
 
     names = ("one", "two", "unit", "first", "second")
     buffers = [("values", ("groups", length), "float32"), *((n, ("groups",), "float32") for n in names)]
     return define(name, buffers, body)
+
+
+def _extreme(values: tirx.Buffer, m: Expr, length: int, pick: Callable[[Expr, Expr], Expr]) -> Expr:
+    """The largest or smallest of a group."""
+    wide = min(LANES, 1 << (length.bit_length() - 1))
+    starts = sorted(
+        {*range(0, length - wide + 1, wide), length - wide}
+    )  # the last may overlap the one before
+    best = local(wide)
+    with loop(wide, "vectorized") as lane:
+        store(best, values[m, lane], lane)
+    for start in starts[1:]:
+        with loop(wide, "vectorized") as lane:
+            store(best, pick(best[lane], values[m, i64(start) + lane]), lane)
+    half = wide // 2
+    while half:
+        with loop(half, "vectorized") as lane:
+            store(best, pick(best[lane], best[i64(half) + lane]), lane)
+        half //= 2
+    return best[i64(0)]
+
+
+def _squares(values: tirx.Buffer, m: Expr, length: int, scale: Expr, unit: Expr, low: int, high: int) -> Expr:
+    """The sum of ((code * scale - value) / unit)^2 over a group, added up in the order of numpy's
+    `add.reduceat`: the first square, and to it the pairwise sum of the rest (eight partial sums, those in a
+    tree, then what is left over one by one)."""
+
+    def square(at: Expr) -> Expr:
+        value = values[m, at]
+        code = _clipped(tirx.nearbyint(value / scale), low, high)
+        error = (_apart(code * scale) - value) / unit
+        return _apart(error * error)
+
+    sums, rest = local(PARTIAL), local(PARTIAL)
+    with loop(PARTIAL, "vectorized") as lane:
+        store(sums, square(i64(1) + lane), lane)
+    for block in range(1, (length - 1) // PARTIAL):
+        with loop(PARTIAL, "vectorized") as lane:
+            store(sums, sums[lane] + square(i64(1 + block * PARTIAL) + lane), lane)
+    with loop(PARTIAL, "vectorized") as lane:
+        store(rest, square(i64(length - PARTIAL) + lane), lane)
+    s = [sums[i64(i)] for i in range(PARTIAL)]
+    added = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
+    for i in range(PARTIAL - (length - 1) % PARTIAL, PARTIAL):
+        added = added + rest[i64(i)]
+    return square(i64(0)) + added
 
 
 def integers(name: str, length: int | None, low: int, high: int, zero: bool) -> tirx.PrimFunc:
