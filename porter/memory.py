@@ -103,7 +103,8 @@ class Watch:
         taken, before = self.peak.anonymous, self._stage
         self._stage = stage
         if self.limit and taken > self.limit:
-            what = f"{before or stage} took {shown(taken)} of memory, and --max-memory allows {shown(self.limit)}"
+            allowed = f"--max-memory allows {shown(self.limit)}"
+            what = f"{before or stage} took {shown(taken)} of memory, and {allowed}"
             raise EnvironmentFailure("PORT-0906", what, hint="allow more, and report it: less was predicted")
 
     def _run(self) -> None:

@@ -28,7 +28,7 @@ PIECES = 64 << 20, 512 << 20  # the smallest and the largest piece, in bytes of 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the needs follow from: bytes as float32 of all weights and of the largest, nodes, tokens at a time.
+    """What the needs follow from: bytes as float32 of all weights and of the largest, nodes, tokens.
 
     `rows` windows of `tokens` tokens run side by side; `cached` bytes are kept of each token, `wide` numbers
     are the most that a layer makes of it, `vocabulary` the logits.
@@ -71,7 +71,7 @@ class Sizes:
 
     @property
     def activations(self) -> int:
-        """Bytes of what a model holds of such a step: its caches twice, a dozen of its widest values, logits."""
+        """Bytes that a model holds of such a step: caches twice, a dozen of its widest values, logits."""
         return self.rows * self.tokens * (2 * self.cached + 48 * self.wide) + self.answers
 
 
@@ -130,5 +130,6 @@ def stages(s: Sizes, piece: int) -> dict[str, int]:
 def refusal(needed: Plan) -> EnvironmentFailure:
     """The error that says what would be needed."""
     stage = max(needed.stages, key=needed.stages.__getitem__)
-    what = f"the stage {stage} would take {memory.shown(needed.peak)}, and --max-memory allows {memory.shown(needed.limit)}"
+    allowed = f"--max-memory allows {memory.shown(needed.limit)}"
+    what = f"the stage {stage} would take {memory.shown(needed.peak)}, and {allowed}"
     return EnvironmentFailure("PORT-0905", what, hint="allow more; shorter texts in --data take less")

@@ -19,7 +19,7 @@ from porter.run.reference import spec
 
 @dataclass(frozen=True)
 class Forward:
-    """A model whose sessions take each text in one step, where stepping would decode every weight each time."""
+    """A model whose sessions take each text in one step: stepping would decode every weight each time."""
 
     session: Factory
 
@@ -30,9 +30,10 @@ class Forward:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A piece of the graph at a time: the ONNX file `path`; pieces whose weights take `piece` bytes as float32, or that of one larger weight.
+    """The ONNX file `path`, run a piece of the graph at a time.
 
-    Frontiers lie in `folder` (None: where temporary files go). Raises what `graph.load` and `Sweep` do.
+    A piece has weights of `piece` bytes as float32, or a single one that is larger. Frontiers lie in `folder`
+    (None: where temporary files go). Raises what `graph.load` and `Sweep` do.
     """
 
     path: Path

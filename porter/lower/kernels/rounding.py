@@ -71,7 +71,7 @@ def better(name: str, length: int, low: int, high: int, kept: tuple[float, ...])
 
 
 def errors(name: str, length: int, low: int, high: int) -> tirx.PrimFunc:
-    """values, two scales of each group, its unit -> the sum of ((code * scale - value) / unit)^2 under each."""
+    """values, two scales of each group, its unit -> the sums of ((code * scale - value) / unit)^2."""
     assert SUMMED[0] <= length <= SUMMED[1]
 
     def body(values: tirx.Buffer, *rest: tirx.Buffer, groups: Expr) -> None:
