@@ -67,6 +67,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     limit = memory.parse(options.max_memory) if options.max_memory else 0
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
+    bundle.remove_stale(out.absolute())
     with memory.Watch(limit) as watch:
         progress = _checked(options.progress, watch)
         progress("load", 0.0)
@@ -255,11 +256,11 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _memory(source: Path, plan: Plan, needed: needs.Plan, watch: memory.Watch) -> dict[str, Figure]:
-    limit = {"limit": Figure(needed.limit, "bytes", "measured")} if needed.limit else {}
+    limit = {"peak memory, limit": Figure(needed.limit, "bytes", "measured")} if needed.limit else {}
     return {
-        "peak": Figure(watch.peak.anonymous, "bytes", "measured"),  # what the kernel cannot drop
-        "peak, mapped files included": Figure(watch.peak.resident, "bytes", "measured"),
-        "peak, predicted": Figure(needed.peak, "bytes", "estimated"),
+        "peak memory": Figure(watch.peak.anonymous, "bytes", "measured"),  # what the kernel cannot drop
+        "peak memory, mapped files included": Figure(watch.peak.resident, "bytes", "measured"),
+        "peak memory, predicted": Figure(needed.peak, "bytes", "estimated"),
         **limit,
         "weights of the source": Figure(graph.weight_bytes(graph.load(source)), "bytes", "measured"),
         "weights of the port": Figure(sum(w["bytes"] for w in plan.weights), "bytes", "measured"),

@@ -121,7 +121,7 @@ def stages(s: Sizes, piece: int) -> dict[str, int]:
         "passes": BASE + compiler + s.largest,
         # the largest weight turned, its codes, and those packed, and what waits to be written
         "save": BASE + compiler + s.largest + s.largest // 2 + AHEAD_BYTES // 2,
-        "lower": BASE + 3 * compiler + s.largest,
+        "lower": BASE + 3 * compiler + 3 * s.largest,  # a weight laid out anew, and copied on the way
         "measure": BASE + compiler + reference + 2 * s.answers + s.activations,
     }
     return {name: int(size) for name, size in found.items()}
