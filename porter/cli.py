@@ -33,6 +33,14 @@ Data = Annotated[
         "Default: text the model writes itself."
     ),
 ]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        help="Text or token ids, as for --data, for passes that look at activations, or 'random'. "
+        "Default: text the model writes itself."
+    ),
+]
+Form = Annotated[str, typer.Option(help="Quantized weights in model.onnx: onnx, or contrib (com.microsoft).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 Budget = Annotated[
     str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when it is exceeded.")
@@ -122,6 +130,11 @@ def convert(
         str, typer.Option(help="A target's name (porter targets) or the path of its .toml.")
     ] = "host",
     weights: Annotated[str, typer.Option(help="Weight format, as int4-g32.")] = "",
+    method: Annotated[
+        str, typer.Option(help="How weights are cast to it: a pass quantize.METHOD. Default: rtn.")
+    ] = "",
+    activations: Annotated[str, typer.Option(help="Format that linear layers multiply in, as int8.")] = "",
+    form: Form = "onnx",
     kv: Annotated[str, typer.Option(help="KV-cache scheme, as int8.")] = "",
     pipeline: Annotated[str, typer.Option(help="Passes to run instead of the target's own.")] = "",
     budget: Budget = "",
@@ -130,6 +143,7 @@ def convert(
     context: Annotated[
         int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
     ] = 0,
+    calibration: Calibration = "",
     keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")] = False,
     max_memory: Annotated[
         str, typer.Option(help="Memory that it may take, as 4GiB; refused at once when that is too little.")
@@ -142,8 +156,24 @@ def convert(
     from porter.terminal import Stages, print_report
 
     with Stages(quiet=json_) as stages:
-        options = Options(target, weights, kv, pipeline, budget, data, seed, context, keep, max_memory,
-                          _command(), stages.update)  # fmt: skip
+        options = Options(
+            target=target,
+            weights=weights,
+            kv=kv,
+            method=method,
+            activations=activations,
+            form=form,
+            pipeline=pipeline,
+            budget=budget,
+            data=data,
+            seed=seed,
+            context=context,
+            keep=keep,
+            max_memory=max_memory,
+            calibration=calibration,
+            repeat=_command(),
+            progress=stages.update,
+        )
         try:
             report = run(model, output, options)
         except PorterError as error:

@@ -16,7 +16,10 @@ Feeds = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Context:
-    """Passed down, never global. `target` is None only outside a conversion (a pass run by itself)."""
+    """Passed down, never global. `target` is None only outside a conversion (a pass run by itself).
+
+    `calibration` holds feeds of the whole model, one row each, without padding; see `porter.calibrate`.
+    """
 
     target: TargetSpec | None = None
     calibration: Sequence[Feeds] = field(default=())

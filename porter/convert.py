@@ -13,19 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from porter import __version__, bundle, decoder, graph, memory, needs, target
+from porter import __version__, bundle, decoder, graph, memory, needs, registry, target
+from porter.calibrate.feeds import calibration
 from porter.context import Context
 from porter.drift import budget as budgets
 from porter.drift import measure as measuring
 from porter.drift.feeds import TokenFeeds
 from porter.drift.measure import Runnable, feeds_for, measure, tokenizer_files
-from porter.drift.streamed import Streamed
+from porter.drift.streamed import Interface, Streamed
 from porter.errors import DriftError, OptionError
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
 from porter.report.report import DriftReport, Figure, Stage
 from porter.run.reference import ReferenceRunner
 from porter.target import TargetSpec
+from porter.weights import select
+from porter.weights.base import WeightPass
 
 if TYPE_CHECKING:
     from porter.lower.plan import Plan
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 MAX_BATCH = 8  # rows that one step may have; memory is planned for them
 MAX_STEP = 512  # tokens that one step may feed; longer prompts are fed in pieces
 MAX_CONTEXT = 4096  # cached tokens, where the model allows more and --context does not ask for it
+# Passes that a form of quantized weights adds at the end.
+FORMS = {"onnx": "", "contrib": ",quantize.contrib"}
 
 Progress = Callable[[str, float], None]
 
@@ -45,6 +50,9 @@ class Options:
     target: str = "host"
     weights: str = ""
     kv: str = ""
+    method: str = ""  # how weights are cast; "" rounds them to nearest
+    activations: str = ""
+    form: str = "onnx"  # or contrib: how bundle/model.onnx spells quantized weights
     pipeline: str = ""
     budget: str = ""
     data: str = ""
@@ -52,6 +60,7 @@ class Options:
     context: int = 0
     keep: bool = False
     max_memory: str = ""
+    calibration: str = ""
     repeat: str = ""  # the command that does this again, for the report
     progress: Progress = field(default=lambda stage, fraction: None, compare=False)
 
@@ -80,24 +89,23 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             if not plan.piece:
                 reference.runner  # noqa: B018 (a model that cannot be run is refused before any work)
             feeds = feeds or feeds_for(reference, options.data, options.seed)
+            calibrated = calibration(pipeline, reference, options.calibration, options.seed, feeds)
             if reference.whole:
                 reference.close()
             progress("passes", 0.0)
-            steps = run_passes(pipeline, model, Context(spec, seed=options.seed), progress)
+            context = Context(spec, calibrated.feeds, options.seed)
+            steps = run_passes(pipeline, model, context, progress)
             ported = decoder.recognise(model)
+            kept = _kept(model, pipeline)
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
-            lowered = _lower(model, spec, folder, ported, progress)
+            lowered = _lower(_standard(model), spec, folder, ported, progress)
             progress("measure", 0.0)
-            drift = measure(
-                _in_folder(reference, folder),
-                _ports(model, ported, reference, folder, plan),
-                feeds,
-                lambda f: progress("measure", f),
-                folder,
-            )
-            facts = _facts(source, spec, pipeline, options)
+            ports = _ports(model, ported, reference, folder, plan)
+            reference = _in_folder(reference, folder)
+            drift = measure(reference, ports, feeds, lambda f: progress("measure", f), folder)
+            facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)
             report = DriftReport.of(
@@ -107,9 +115,11 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 target=spec.name,
                 pipeline=str(pipeline),
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
+                kept=kept,
                 memory=_memory(source, lowered, plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
+                calibration=calibrated.facts,
                 repeat=options.repeat,
                 versions=facts["versions"],
             )
@@ -147,7 +157,7 @@ def _evidence(
     plan = needs.plan(sizes, limit)
     if plan.piece:
         streamed = Streamed(source, reference.decoder, plan.piece)
-        reference = replace(reference, streamed=streamed)
+        reference = replace(reference, streamed=streamed, open=lambda: Interface(model))
     return reference, feeds, plan
 
 
@@ -177,28 +187,75 @@ def pipeline_text(spec: TargetSpec, options: Options) -> str:
     """The target's pipeline with its slots filled, or the user's own.
 
     Raises OptionError PORT-0830 for a format or scheme that the target's kernels do not read, PORT-0835
-    for both a pipeline and options that fill the target's.
+    for both a pipeline and options that fill the target's, PORT-0258 and PORT-0259 for a method or form that
+    is none.
     """
+    if options.form not in FORMS:
+        what = f"there is no form {options.form!r}"
+        raise OptionError("PORT-0259", what, where="--form", hint=f"forms: {', '.join(FORMS)}")
     if options.pipeline:
-        if options.weights or options.kv or options.context:
+        if options.weights or options.kv or options.context or options.method or options.activations:
             what = "--pipeline says all that is done; --weights, --kv and --context would change nothing"
             raise OptionError("PORT-0835", what, hint="write them into the pipeline, or leave it out")
-        return options.pipeline
-    slots = {"weights": "", "kv": ""}
-    for slot, asked, offered in (("weights", options.weights, spec.weights), ("kv", options.kv, spec.kv)):
-        name = (spec.flavour(asked) if slot == "weights" else asked) or "fp32"
-        if name not in offered:
-            what = f"{spec.name} has no {slot} format {asked!r}"
-            raise OptionError("PORT-0830", what, where=f"--{slot}", hint=f"it has: {', '.join(offered)}")
-        if name != "fp32":
-            slots[slot] = (
-                f"quantize.rtn{{format={name}}}" if slot == "weights" else f"kv.quantize{{scheme={name}}}"
-            )
+        return options.pipeline + FORMS[options.form]
     limit = f"{{capacity={options.context}}}" if options.context else ""
     text = spec.pipeline.replace("kv.static_cache", f"kv.static_cache{limit}")
-    for slot, filled in slots.items():
+    for slot, filled in (("weights", _weights_text(spec, options)), ("kv", _kv_text(spec, options))):
         text = text.replace(f"{{{slot}}}", filled)
-    return text
+    return text + FORMS[options.form]
+
+
+def _weights_text(spec: TargetSpec, options: Options) -> str:
+    """The passes that cast weights and activations."""
+    name, method = spec.flavour(options.weights) or "fp32", options.method or "rtn"
+    if not spec.reads(name):
+        raise _not_offered(spec, "weights", options.weights, spec.weights)
+    if options.method:
+        methods = [m for m in registry.builtin() if m.startswith("quantize.") and casts_weights(m)]
+        known = [m.removeprefix("quantize.") for m in methods]
+        if method not in known:
+            what = f"there is no method {method!r}"
+            raise OptionError("PORT-0258", what, where="--method", hint=f"methods: {', '.join(known)}")
+        if name == "fp32":
+            what = "--method says how weights are cast, and nothing says to which format"
+            raise OptionError("PORT-0258", what, hint="give --weights FORMAT too, as int4-g32")
+    texts = [f"quantize.{method}{{format={name}}}"] if name != "fp32" else []
+    if options.activations not in ("", "fp32"):
+        wanted = spec.flavour(options.activations)
+        if wanted not in spec.activations:
+            raise _not_offered(spec, "activations", options.activations, spec.activations)
+        texts.append(f"quantize.activations{{format={wanted}}}")
+    return ",".join(texts)
+
+
+def _kv_text(spec: TargetSpec, options: Options) -> str:
+    name = options.kv or "fp32"
+    if name not in spec.kv:
+        raise _not_offered(spec, "kv", name, spec.kv)
+    return f"kv.quantize{{scheme={name}}}" if name != "fp32" else ""
+
+
+def _not_offered(spec: TargetSpec, slot: str, asked: str, offered: tuple[str, ...]) -> OptionError:
+    what = f"{spec.name} has no {slot} format {asked!r}"
+    return OptionError("PORT-0830", what, where=f"--{slot}", hint=f"it has: {', '.join(offered)}")
+
+
+def casts_weights(name: str) -> bool:
+    """Whether the pass of that name is a method that casts weights."""
+    found = registry.find(name)
+    return isinstance(found, type) and issubclass(found, WeightPass)
+
+
+def _kept(model: ir.Model, pipeline: Pipeline) -> list[select.Kept]:
+    """Matrices that stay floats although a pass of the pipeline casts weights."""
+    return select.kept(model.graph) if any(isinstance(p, WeightPass) for p in pipeline.passes) else []
+
+
+def _standard(model: ir.Model) -> ir.Model:
+    """The model in the standard operators that the lowering reads."""
+    if "com.microsoft" in model.opset_imports:
+        Pipeline.parse("clean.contrib,clean.dead").run(model, Context())
+    return model
 
 
 def run_passes(pipeline: Pipeline, model: ir.Model, context: Context, progress: Progress) -> list[Step]:

@@ -29,7 +29,9 @@ class Decoder:
 
     `cache` is `none` (an encoder, or no cache), `concat` (present is past with the new tokens at its end) or
     `static` (past is a preallocated buffer of `capacity` tokens, written in place; the input `lengths`, int64
-    [batch], says how many of its tokens are valid). `output` is the logits [batch, sequence, vocabulary], or
+    [batch], says how many of its tokens are valid). Models with GroupQueryAttention may say that by their
+    mask, or by `last`, the number of valid tokens of each row with the new ones but less one, and `total`,
+    the number of tokens of the longest row. `output` is the logits [batch, sequence, vocabulary], or
     an encoder's hidden states. `others` are inputs porter has no meaning for. `context` is the most tokens
     the model was made for, 0 when the model does not say; `eos` are the tokens that end a text.
     """
@@ -41,6 +43,8 @@ class Decoder:
     positions: str = ""
     mask: str = ""
     lengths: str = ""
+    last: str = ""
+    total: str = ""
     capacity: int = 0
     token_types: str = ""
     others: tuple[str, ...] = ()
@@ -84,8 +88,9 @@ def recognise(model: ir.Model) -> Decoder:
         caches = _linked_caches([v for n, v in inputs.items() if n not in spent], outputs)
     spent = {c.past for c in caches} | set(roles.values())
     roles.setdefault("lengths", _find_lengths(inputs, spent))
-    spent.add(roles["lengths"])
-    capacity = _capacity(inputs, caches, roles["lengths"])
+    roles |= {role: name for role, name in _grouped_roles(inputs).items() if name not in spent}
+    spent |= {roles["lengths"], roles.get("last", ""), roles.get("total", "")}
+    capacity = _capacity(inputs, caches, roles["lengths"], told=_is_told(model, roles))
     return Decoder(
         output=_find_output(outputs, {c.present for c in caches}, inputs),
         cache="static" if capacity else "concat" if caches else "none",
@@ -162,7 +167,34 @@ def _find_lengths(inputs: Mapping[str, ir.Value], spent: set[str]) -> str:
     return ""
 
 
-_LINKS = {("Concat", 0): 0, ("TensorScatter", 0): 0, ("Attention", 4): 1, ("Attention", 5): 2}
+_GROUPED = "GroupQueryAttention"
+
+
+def _grouped_roles(inputs: Mapping[str, ir.Value]) -> dict[str, str]:
+    """The inputs that GroupQueryAttention reads as its seqlens_k and total_sequence_length."""
+    found = {}
+    for name, value in inputs.items():
+        for node, index in value.uses():
+            if node.op_type == _GROUPED and index in (5, 6):
+                found["last" if index == 5 else "total"] = name
+    return found
+
+
+def _is_told(model: ir.Model, roles: Mapping[str, str]) -> bool:
+    """Whether GroupQueryAttention is told, by its own inputs or through the mask, how much of a buffer is in
+    use."""
+    grouped = any(node.op_type == _GROUPED for node in model.graph)
+    return grouped and bool(roles.get("last") or roles.get("mask"))
+
+
+_LINKS = {
+    ("Concat", 0): 0,
+    ("TensorScatter", 0): 0,
+    ("Attention", 4): 1,
+    ("Attention", 5): 2,
+    (_GROUPED, 3): 1,
+    (_GROUPED, 4): 2,
+}
 
 
 def _linked_caches(candidates: list[ir.Value], outputs: Mapping[str, ir.Value]) -> list[CacheTensor]:
@@ -191,7 +223,8 @@ def _link(past: ir.Value, presents: list[ir.Value]) -> tuple[ir.Value, str] | No
     for node, index in past.uses():
         output = _LINKS.get((node.op_type, index))
         if output is not None and output < len(node.outputs) and node.outputs[output] in presents:
-            return node.outputs[output], {4: "key", 5: "value"}.get(index, "")
+            kinds = ("", "key", "value")
+            return node.outputs[output], kinds[output]
     return None
 
 
@@ -205,11 +238,11 @@ def _unlike(past: ir.Value, present: ir.Value) -> bool:
     return past.dtype != present.dtype or any(a != b for a, b in sizes if None not in (a, b))
 
 
-def _capacity(inputs: Mapping[str, ir.Value], caches: list[CacheTensor], lengths: str) -> int:
-    """The number of tokens that the caches hold, 0 when they grow."""
+def _capacity(inputs: Mapping[str, ir.Value], caches: list[CacheTensor], lengths: str, *, told: bool) -> int:
+    """The number of tokens that the caches hold, 0 when they grow; `told`: by other inputs than `lengths`."""
     sizes = {_axis(inputs[c.past], 2) for c in caches}
     fixed = {s for s in sizes if isinstance(s, int)}
-    if caches and bool(fixed) != bool(lengths):
+    if caches and bool(fixed) != bool(lengths or (fixed and told)):
         what = "the caches have a fixed length, but no input says how much of it is in use"
         if lengths:
             what = (

@@ -10,8 +10,8 @@ class PorterError(Exception):
 
     exit_code = 1
 
-    def __init__(self, code: str, what: str, *, where: str = "", hint: str = "") -> None:
-        super().__init__(code, what, where, hint)
+    def __init__(self, code: str, what: str, where: str = "", hint: str = "") -> None:
+        super().__init__(code, what, where, hint)  # what pickling gives back to __init__, in order
         self.code, self.what, self.where, self.hint = code, what, where, hint
 
     def __str__(self) -> str:

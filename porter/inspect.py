@@ -10,6 +10,7 @@ from typing import Any
 from porter import decoder, graph
 from porter.bundle import Bundle
 from porter.errors import ModelError
+from porter.foreign.found import quantized_by
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "interface": _interface(model),
         "operators": dict(operators.most_common()),
         "nodes": sum(operators.values()),
+        "quantized_by": quantized_by(model),
         "weights": len(model.graph.initializers),
         "weight_bytes": graph.weight_bytes(model),
     }

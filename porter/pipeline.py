@@ -31,12 +31,13 @@ class Pass(ir.passes.InPlacePass):
 
     Subclasses set `promise` and implement `run`. `name` is where the class lives:
     `porter/passes/fuse/rms_norm.py` is `fuse.rms_norm`. `after` names passes that must stand before this one
-    when both are in a pipeline.
+    when both are in a pipeline. `calibrates` says that it reads `context.calibration`, which is empty else.
     """
 
     name: ClassVar[str] = ""
     promise: ClassVar[Promise] = Promise.EXACT
     after: ClassVar[tuple[str, ...]] = ()
+    calibrates: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

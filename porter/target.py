@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -16,7 +17,9 @@ class TargetSpec(BaseModel):
     """One target as its .toml describes it; unknown keys are refused.
 
     `pipeline` is a pipeline text with the two slots `{weights}` and `{kv}`; `weights` and `kv` list the
-    storage formats that the target's kernels read directly; `aliases` map a short name (`fp8`) to the
+    storage formats that the target's kernels read directly, weights by their names without the suffix that
+    says what shares a scale (`int4` stands for `int4-g32` and `int4-b128`); `activations` the formats
+    that they multiply in; `aliases` map a short name (`fp8`) to the
     target's flavour. `mx` is how the target rounds the shared exponents of MX formats (see
     `porter.formats.Format`).
     """
@@ -29,6 +32,7 @@ class TargetSpec(BaseModel):
     pipeline: str
     weights: tuple[str, ...]
     kv: tuple[str, ...]
+    activations: tuple[str, ...] = ()
     aliases: dict[str, str] = {}
     mx: Literal["floor", "ceil", "larger"] = "floor"
     tvm: dict[str, str | int]
@@ -36,6 +40,11 @@ class TargetSpec(BaseModel):
     def flavour(self, name: str) -> str:
         """The full name of a format or scheme: `fp8` -> `fp8-e4m3fn`."""
         return self.aliases.get(name, name)
+
+    def reads(self, name: str) -> bool:
+        """Whether the kernels read weights in a format, in full: `int4-g64`, where `weights` lists `int4`."""
+        base = re.fullmatch(r"(.+?)(-(r|t|[gb][1-9]\d*))?", name)
+        return base is not None and (name in self.weights or base[1] in self.weights)
 
 
 def names() -> list[str]:

@@ -1,20 +1,21 @@
 """Write what other tools' quantizers and optimizers leave in standard operators.
 
-    MatMulNBits(x, codes, scales[, zeros])   -> MatMul(x, Transpose(DequantizeLinear<block_size>(codes', scales)))
+    MatMulNBits(x, codes, scales[, zeros])
+        -> MatMul(x, Transpose(DequantizeLinear<block_size>(codes', scales[, zeros'])))
     GatherBlockQuantized(codes, ids, scales) -> Gather(DequantizeLinear<block_size>(codes', scales), ids)
     GroupQueryAttention<do_rotary>(q, k, v, past_k, past_v, seqlens_k, total, cos, sin)
         -> Attention<is_causal=1>(RotaryEmbedding(q'), RotaryEmbedding(k'), v', , past_k, past_v)
     SkipSimplifiedLayerNormalization(x, skip, w)  -> RMSNormalization(Add(x, skip), w)
-    DynamicQuantizeLinear(x)                 -> QuantizeLinear(x, scale, zero), both computed from min and max
-    MatMulInteger(a, b, za, zb)              -> Cast<int32>(MatMul(DequantizeLinear(a, 1, za), DequantizeLinear(b, 1, zb)))
+    QLinearMatMul(a, sa, za, b, sb, zb, sy, zy)
+        -> QuantizeLinear(MatMul(DequantizeLinear(a, sa, za), DequantizeLinear(b, sb, zb)), sy, zy)
 
 and so on for each operator in `porter.foreign.table`, where the algebra of each stands beside it. Codes are
 laid out anew when somebody reads them. What a kernel does inside (`accuracy_level=4` rounds activations to
-int8) is not in the model and is left out: the result is what the stored weights mean. A kernel sums in its own
-order, and so do the standard operators.
+int8) is not in the model and is left out: the result is what the stored weights mean. A kernel sums in its
+own order, and so do the standard operators.
 
-Where a growing cache's `seqlens_k` says that all rows are full, as everything that porter feeds says, no mask
-is left; inputs that nothing else reads (`attention_mask`, `seqlens_k`) go.
+Where a growing cache's `seqlens_k` says that all rows are full, as everything that porter feeds says, no
+mask is left; inputs that nothing else reads (`attention_mask`, `seqlens_k`) go.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import onnx_ir as ir
 from porter.context import Context
 from porter.errors import PassError
 from porter.foreign.editor import Editor, Later
-from porter.foreign.table import rewriter
+from porter.foreign.table import CONTRIB, rewriter
 from porter.match import graphs, tidy
 from porter.pipeline import Pass, Promise
 from porter.symbolic.symbols import write_shapes
@@ -37,7 +38,7 @@ OPSET = 24  # the first with all that is written here
 
 @dataclass(frozen=True)
 class UnderstandContrib(Pass):
-    """Rewrite com.microsoft operators, and integer arithmetic, in standard ones."""
+    """Rewrite com.microsoft operators, and products of codes, in standard ones."""
 
     promise: ClassVar[Promise] = Promise.REORDERS
     after: ClassVar[tuple[str, ...]] = ("clean.opset",)
@@ -67,6 +68,8 @@ class UnderstandContrib(Pass):
                 raise PassError("PORT-0268", what, where=node.name or str(node.outputs[0].name), hint=hint)
             left = waiting
         _drop_inputs(model, read)
+        if not any(node.domain == CONTRIB for node in model.graph.all_nodes()):
+            model.opset_imports.pop(CONTRIB, None)
         return len(found)
 
 

@@ -35,8 +35,8 @@ class Silu(RewriteRuleClassBase):
 
     def check(self, context, x: ir.Value, alpha: ir.Value | None = None) -> MatchResult:
         """The operator exists, and the factor is one number."""
-        if self.facts.opset < 24:
-            return MatchResult().fail("Swish needs opset 24", x)
+        if self.facts.opset != 24:  # ONNX Runtime 1.31 has it in no later one
+            return MatchResult().fail("Swish needs opset 24, and no other", x)
         if self.scaled and scalar(alpha) is None:
             return MatchResult().fail("the factor is not one constant", alpha)
         return MatchResult()

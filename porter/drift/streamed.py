@@ -11,8 +11,10 @@ import onnx_ir as ir
 
 from porter import graph
 from porter.calibrate import Sweep
+from porter.context import Feeds
 from porter.decoder import Decoder
 from porter.drift.feeds import Factory
+from porter.errors import EnvironmentFailure
 from porter.run.feeds import empty_caches, feeds
 from porter.run.reference import spec
 
@@ -44,13 +46,30 @@ class Streamed:
     def whole(self, texts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """float32 [batch, n, vocabulary] for each int64 [batch, n]; all texts go through a piece together."""
         model = graph.load(self.path)
-        inputs = {v.name: spec(v) for v in model.graph.inputs if not v.is_initializer()}
+        inputs = Interface(model).inputs
         fed = [feeds(self.decoder, t, 0, empty_caches(self.decoder, inputs, len(t)), inputs) for t in texts]
         sweep = Sweep(model, fed, self.folder)
         for value in stops(model, self.piece):
             sweep.advance(value)
         logits = next(v for v in model.graph.outputs if v.name == self.decoder.output)
         return (np.asarray(array, np.float32) for array in sweep.advance(logits))
+
+
+class Interface:
+    """A model that is too large to be opened: its inputs and outputs, and a refusal to run. Implements Runner."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.inputs = {v.name: spec(v) for v in model.graph.inputs if not v.is_initializer()}
+        self.outputs = {v.name: spec(v) for v in model.graph.outputs}
+        self.in_place: dict[str, str] = {}
+        self.bounds: dict[str, int] = {}
+
+    def run(self, feeds: Feeds) -> Feeds:
+        """Raises EnvironmentFailure PORT-0907."""
+        what = "the model is too large for the memory to write text itself"
+        raise EnvironmentFailure(
+            "PORT-0907", what, hint="give text or tokens: --data FILE, --calibration FILE"
+        )
 
 
 def stops(model: ir.Model, piece: int) -> list[ir.Value]:

@@ -1,1 +1,1 @@
-"""Other tools' models: what their operators mean, written in standard ones, and what a model holds of them."""
+"""Other tools' models: their operators written in standard ones, and what a model holds of them."""

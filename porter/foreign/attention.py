@@ -1,6 +1,6 @@
 """Attention of com.microsoft: heads, rotation, cache and mask become operators of their own.
 
-`GroupQueryAttention` is told by `seqlens_k` how many tokens of each row are valid, all but one of them counted.
+`GroupQueryAttention` is told by `seqlens_k` how many tokens of each row are valid, less one.
 Where past and present grow, porter's caches have rows of one length, and so has what the operator sees: all
 total - 1. The operator's own way with shorter rows, to write into a buffer at each row's end, is what
 `kv.static_cache` makes of a growing cache; a model whose past and present share a buffer of fixed size is
@@ -126,7 +126,13 @@ def _partial_width(cos: ir.Value, past: ir.Value | None) -> int:
 
 
 def _rotated(
-    edit: Editor, x: ir.Value, places: ir.Value, cos: ir.Value, sin: ir.Value, interleaved: int, width: int = 0
+    edit: Editor,
+    x: ir.Value,
+    places: ir.Value,
+    cos: ir.Value,
+    sin: ir.Value,
+    interleaved: int,
+    width: int = 0,
 ) -> ir.Value:
     """RotaryEmbedding of [B, H, S, D] at positions [B, S] by tables [positions, width / 2]."""
     return edit.op(

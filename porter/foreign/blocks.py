@@ -14,7 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from porter.foreign.editor import Editor
+from porter.weights import functions
 
+FLOAT = ir.DataType.FLOAT
 TYPES = {
     2: (ir.DataType.INT2, ir.DataType.UINT2),
     4: (ir.DataType.INT4, ir.DataType.UINT4),
@@ -33,7 +35,7 @@ TWO_BIT_OPSET, TWO_BIT_IR = 25, 13  # the first that have 2-bit integers
 
 
 def unpacked(rows: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """uint8 [N, bytes] -> uint8 [N, columns]: the codes of each row, those in the low bits of a byte first."""
+    """uint8 [N, bytes] -> uint8 [N, columns]: the codes of each row, a byte's low bits first."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (rows[..., None] >> shifts) & np.uint8(2**bits - 1)
     return codes.reshape(*rows.shape[:-1], -1)[..., :columns]
@@ -67,13 +69,23 @@ class Blocks:
             return (array.astype(np.int8).view(np.uint8) & np.uint8(2**self.bits - 1)).reshape(self.rows, -1)
         return unpacked(array.view(np.uint8).reshape(self.rows, -1), self.bits, self.columns)
 
+    def _packed_alike(self) -> bool:
+        """Whether rows of whole bytes follow each other as ONNX packs codes, which are in the same order."""
+        packed = self.tensor.dtype == ir.DataType.UINT8
+        return packed and self.bits < 8 and not self.columns * self.bits % 8
+
     def stored(self, *, signed: bool, flip: bool) -> ir.LazyTensor:
         """Codes [N, K] of an ONNX type, computed whenever they are read; `flip` flips their top bits."""
         dtype = TYPES[self.bits][0 if signed else 1]
         shape = ir.Shape([self.rows, self.columns])
 
         def compute() -> ir.Tensor:
-            return typed(self.codes() ^ np.uint8(2 ** (self.bits - 1) if flip else 0), dtype)
+            top = np.uint8(2 ** (self.bits - 1) if flip else 0)
+            if not self._packed_alike():
+                return typed(self.codes() ^ top, dtype)
+            tops = np.uint8(sum(int(top) << at for at in range(0, 8, self.bits)))
+            rows = self.tensor.numpy().reshape(self.rows, -1)[:, : self.columns * self.bits // 8]
+            return ir.PackedTensor((rows ^ tops).reshape(-1), dtype, shape=shape)
 
         return ir.LazyTensor(compute, dtype=dtype, shape=shape)
 
@@ -132,8 +144,17 @@ def _zero_codes(edit: Editor, stored: Stored, groups: int) -> np.ndarray | ir.Va
 
 
 def _shifted(edit: Editor, stored: Stored, scale: ir.Value, zero: ir.Value) -> ir.Value:
-    """(code - zero) * scale for float zero points: code * scale - zero * scale would round twice."""
-    raise edit.refusal("zero points that are no integers")
+    """(code - zero) * scale for zero points that are no integers, by porter's own functions in float32."""
+    if stored.blocks.bits == 2:
+        _raise_opset(edit.model)
+    for name in ("SubtractBlocks", "ScaleBlocks"):
+        functions.add(edit.model, name)
+    codes = edit.weight(f"{stored.name}.codes", stored.blocks.stored(signed=stored.signed, flip=False))
+    y, kind = edit.op("Cast", codes, to=FLOAT), edit.constant(scale, "its scales").dtype
+    for name, value in (("SubtractBlocks", zero), ("ScaleBlocks", scale)):
+        wide = value if value.const_value.dtype == FLOAT else edit.op("Cast", value, to=FLOAT)
+        y = edit.op(name, y, wide, domain=functions.DOMAIN, block=stored.block)
+    return y if kind == FLOAT else edit.op("Cast", y, to=kind)
 
 
 def _matrix(edit: Editor, value: ir.Value, shape: tuple[int, int], what: str) -> ir.Value:
@@ -156,8 +177,9 @@ def _matrix(edit: Editor, value: ir.Value, shape: tuple[int, int], what: str) ->
 
 
 def _raise_opset(model: ir.Model) -> None:
-    """2-bit integers are younger than the opset that all else is written in."""
-    model.opset_imports[""] = max(model.opset_imports.get("", 0), TWO_BIT_OPSET)
+    """2-bit integers are younger than the opset that all else is written in; functions keep step."""
+    for owner in (model, *model.functions.values()):
+        owner.opset_imports[""] = max(owner.opset_imports.get("", 0), TWO_BIT_OPSET)
     model.ir_version = max(model.ir_version, TWO_BIT_IR)
 
 
@@ -198,7 +220,7 @@ def _matmul_nbits(edit: Editor) -> None:
 def _gather_block_quantized(edit: Editor) -> None:
     data, indices, scale, zero = edit.inputs(4)
     tensor = edit.constant(data, "its table")
-    rank = len(data.shape) if data.shape is not None else len(tensor.shape)
+    rank = len(edit.constant(scale, "its scales").shape)  # the table's own, which a Reshape may have made
     axis, blocked = int(edit.attribute("gather_axis", 0)), int(edit.attribute("quantize_axis", 1))
     if rank != 2 or axis % rank or blocked % rank != 1:
         raise edit.refusal("anything but rows of a matrix whose blocks run along them")
@@ -206,7 +228,7 @@ def _gather_block_quantized(edit: Editor) -> None:
     if not packed and tensor.dtype not in (ir.DataType.INT4, ir.DataType.UINT4):
         raise edit.refusal(f"codes of type {tensor.dtype.name.lower()}")
     bits = int(edit.attribute("bits", 4)) if packed else 4
-    rows, width = _table_size(edit, data, tensor, scale)
+    rows, width = _table_size(edit, tensor, scale)
     columns = width * (8 // bits) if packed else width
     stored = Stored(
         Blocks(tensor, bits, rows, columns),
@@ -220,9 +242,7 @@ def _gather_block_quantized(edit: Editor) -> None:
     edit.replace(edit.op("Gather", dequantized(edit, stored), indices))
 
 
-def _table_size(
-    edit: Editor, data: ir.Value, tensor: ir.TensorProtocol, scale: ir.Value
-) -> tuple[int, int]:
+def _table_size(edit: Editor, tensor: ir.TensorProtocol, scale: ir.Value) -> tuple[int, int]:
     """Rows and elements a row of the table, which a Reshape may have made of a matrix of blocks."""
     rows = int(edit.constant(scale, "its scales").shape[0])
     if not rows or tensor.size % rows:
@@ -259,7 +279,9 @@ def _matmul_bnb4(edit: Editor) -> None:
         packed = codes.numpy().reshape(-1)
         pairs = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[: rows * columns]  # the high half first
         scales = np.repeat(scale.numpy().reshape(-1), block)[: rows * columns]
-        return ir.Tensor((table.astype(scales.dtype)[pairs] * scales).reshape(rows, columns), dtype=scale.dtype)
+        return ir.Tensor(
+            (table.astype(scales.dtype)[pairs] * scales).reshape(rows, columns), dtype=scale.dtype
+        )
 
     lazy = ir.LazyTensor(compute, dtype=scale.dtype, shape=ir.Shape([rows, columns]))
     key = ("bnb4", id(codes), id(scale))

@@ -62,13 +62,18 @@ class Editor:
 
     def ints(self, *numbers: int) -> ir.Value:
         """An int64 vector."""
-        return self.array("ints_" + "_".join(map(str, numbers)).replace("-", "m"), np.array(numbers, np.int64))
+        return self.array(
+            "ints_" + "_".join(map(str, numbers)).replace("-", "m"), np.array(numbers, np.int64)
+        )
 
     def weight(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """A new initializer."""
         tensor.name = name = self.free(name)
         value = ir.Value(
-            name=name, shape=ir.Shape(list(tensor.shape)), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=name,
+            shape=ir.Shape(list(tensor.shape)),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         self.graph.register_initializer(value)
         return value
@@ -145,4 +150,3 @@ class Editor:
 
 
 _COPIES = ("Reshape", "Identity", "Squeeze", "Unsqueeze")
-

@@ -1,4 +1,4 @@
-"""Norms, activations and products that com.microsoft fuses with what stands beside them, taken apart again."""
+"""Norms, activations and products that com.microsoft fuses with what stands beside them, taken apart."""
 
 from __future__ import annotations
 
@@ -78,10 +78,11 @@ def _gelu(approximate: str) -> Callable[[Editor], None]:
 
 
 def _quick_gelu(edit: Editor) -> None:
-    """x * sigmoid(alpha * x)."""
+    """x * sigmoid(alpha * x), written out: ONNX Runtime 1.31 has Swish in opset 24 only."""
     (x,) = edit.inputs(1)
     alpha = float(edit.attribute("alpha", 1.702))
-    edit.replace(edit.op("Swish", x, alpha=None if alpha == 1.0 else alpha))
+    scaled = x if alpha == 1.0 else edit.op("Mul", x, edit.number(alpha, x))
+    edit.replace(edit.op("Mul", x, edit.op("Sigmoid", scaled)))
 
 
 def _fused_matmul(edit: Editor) -> None:

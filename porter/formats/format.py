@@ -60,6 +60,16 @@ class Format:
         """The largest value of an element before any scale."""
         return float(self.elements.largest) / (1 << self.fraction)
 
+    @property
+    def rule(self) -> str:
+        """How scales are chosen: a name of `porter.formats.scales.RULES`, or "" without scales."""
+        by_scale = {"": "", "e8m0": "micro" if self.micro else "mx", "e4m3fn": "nvfp4"}
+        if self.scale in by_scale:
+            return by_scale[self.scale]
+        if self.zero:
+            return "asymmetric"
+        return "competing" if isinstance(self.elements, Integer) and self.bits < 8 else "symmetric"
+
     def groups(self, rows: int, columns: int) -> tuple[int, int]:
         """How many scales a matrix of `rows` by `columns` has: R along the rows, G along the columns."""
         return -(-rows // (self.rows or rows)), -(-columns // (self.group or columns))

@@ -43,7 +43,7 @@ def encode(form: Format, values: np.ndarray, *, threads: int = 0) -> Encoded:
     `values` may be any view, of any float type; a block of it is in memory as float32 for each thread.
     `threads` 0 takes PORTER_THREADS, else TVM_NUM_THREADS, else the processors that this process may use.
     """
-    if values.size < SMALL or (form.rows != 1 and _competing(form)):
+    if values.size < SMALL or (form.rows != 1 and form.rule == "competing"):
         return rounding.encode(form, values)
     step = max(1, BLOCK // values.shape[-1])
     places: list[Place] = [
@@ -65,11 +65,6 @@ def available() -> int:
     """Threads that casting may use."""
     said = os.environ.get("PORTER_THREADS") or os.environ.get("TVM_NUM_THREADS") or "0"
     return int(said) if said.isdecimal() and int(said) else len(os.sched_getaffinity(0))
-
-
-def _competing(form: Format) -> bool:
-    """Whether two scales compete in each group."""
-    return isinstance(form.elements, Integer) and form.bits < 8 and form.scale != "e8m0" and not form.zero
 
 
 class _Caster:
@@ -154,7 +149,7 @@ class _Caster:
         if not form.scale or form.micro or not isinstance(form.elements, Float | Integer):
             return None
         peak = _extremes(group)
-        if not _competing(form):
+        if form.rule != "competing":
 
             def only(flat: np.ndarray, codes: np.ndarray) -> Scales:
                 scales = choice.of_extremes(form, *peak(flat))[0]

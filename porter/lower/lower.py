@@ -28,7 +28,7 @@ def lower(
     """Compile `model` and write `lib/model-….so`, `lib/weights.bin` and `plan.json` into `folder`.
 
     `bounds` gives the largest value of each symbolic dimension; memory is planned for them. Weights are
-    packed and written one at a time. Raises TargetError PORT-0410 to PORT-0420, ModelError PORT-0412,
+    packed and written one at a time. Raises TargetError PORT-0410 to PORT-0421, ModelError PORT-0412,
     EnvironmentFailure PORT-0902.
     """
     build.check_linker()

@@ -27,6 +27,8 @@ def to_html(report: DriftReport) -> str:
             rows=words.ROWS,
             verdict=words.verdict(report),
             evidence=words.evidence(report),
+            calibrated=words.calibrated(report),
+            kept=words.kept(report),
             chart=chart(report.context),
             nodes=sorted(report.nodes, key=_worst)[:20],
         )

@@ -17,6 +17,7 @@ from porter.drift.measures import Drift, number
 
 if TYPE_CHECKING:
     from porter.drift.compare import Comparison
+    from porter.weights.select import Kept
 
 SCHEMA = "porter.report/1"
 # How a figure came about; every figure that porter prints says one of these.
@@ -53,8 +54,9 @@ class DriftReport:
     `kinds` says how each of those came about ("measured" unless said: a candidate that only computes as the
     target would is "simulated"). `phases` holds `prefill` and `decode`; `context` one object a context
     length (`tokens`, `positions` and the measures). `budget` is what was allowed of `total` and
-    `violations` what was not kept. `repeat` is the command that does all this again. Mappings come out in
-    the order they were given.
+    `violations` what was not kept. `kept` says which weights stay floats
+    where others were cast (`porter.weights.select.Kept`). `repeat` is the command that does all this again.
+    Mappings come out in the order they were given.
     """
 
     model: Mapping[str, object]
@@ -63,6 +65,7 @@ class DriftReport:
     feeds: Mapping[str, object]
     drift: Mapping[str, Drift]
     stages: Sequence[Stage] = ()
+    kept: Sequence[Kept] = ()
     context: Sequence[Mapping[str, object]] = ()
     nodes: Sequence[Mapping[str, object]] = ()
     placement: Mapping[str, object] = field(default_factory=dict)
@@ -74,6 +77,7 @@ class DriftReport:
     budget: Mapping[str, float] = field(default_factory=dict)
     repeat: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    calibration: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def total(self) -> Drift:

@@ -10,7 +10,19 @@ from rich.table import Table
 from rich.text import Text
 
 from porter.report.report import DriftReport
-from porter.report.words import MEASURES, amount, clean, evidence, measured, shown, title, value, verdict
+from porter.report.words import (
+    MEASURES,
+    amount,
+    calibrated,
+    clean,
+    evidence,
+    kept,
+    measured,
+    shown,
+    title,
+    value,
+    verdict,
+)
 
 
 def show(report: DriftReport, console: Console) -> None:
@@ -26,12 +38,16 @@ def render(report: DriftReport) -> RenderableType:
 def _parts(report: DriftReport) -> Iterator[RenderableType]:
     yield Text(title(report), style="bold")
     yield Text(f"on {evidence(report)}", style="dim")
+    if report.calibration:
+        yield Text(f"calibrated on {calibrated(report)}", style="dim")
     if report.drift:
         yield _drift(report)
     if report.context:
         yield _context(report)
     if report.stages:
         yield _stages(report)
+    if report.kept:
+        yield Text(f" {kept(report)}")
     if report.memory or report.seconds or report.estimate:
         yield _figures(report)
     yield Text(verdict(report), style="bold green" if report.ok and report.budget else _warn(report))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from porter.drift.measures import Drift
 from porter.report.report import DriftReport
+
+if TYPE_CHECKING:
+    from porter.weights.select import Kept
 
 # Measure: label, what it says.
 MEASURES = {
@@ -27,6 +31,12 @@ ROWS = {
     "export": "what the exporter did before them",
     "prefill": "positions computed many at a time",
     "decode": "positions computed one token at a time, through the cache",
+}
+KINDS = {
+    "text": "text",
+    "tokens": "given token ids",
+    "self-generated": "text that the reference wrote itself",
+    "random": "random tokens, which say little about real use",
 }
 _SHARES = ("top1", "rms_dp")
 
@@ -96,15 +106,32 @@ def verdict(report: DriftReport) -> str:
     return "Within budget: " + ", ".join(f"{m} {value(getattr(report.total, m))}" for m in report.budget)
 
 
+def kept(report: DriftReport) -> str:
+    """Which weights stay floats: "embedding, lm head (1 weight, 128 KiB) kept in fp32"."""
+    types = dict.fromkeys(k.dtype for k in report.kept)
+    return "; ".join(f"{', '.join(_kept(k) for k in report.kept if k.dtype == t)} kept in {t}" for t in types)
+
+
+def _kept(group: Kept) -> str:
+    roles = ", ".join("lm head" if role == "head" else role for role in group.roles)
+    count = f"{group.weights} weight{'s' if group.weights != 1 else ''}"
+    return f"{roles} ({count}, {amount(group.bytes, 'bytes')})"
+
+
 def evidence(report: DriftReport) -> str:
     """What the drift was measured on, and what that is worth."""
     f = report.feeds
-    kind = {
-        "text": "text",
-        "tokens": "given token ids",
-        "self-generated": "text that the reference wrote itself",
-        "random": "random tokens, which say little about real use",
-    }.get(str(f.get("kind")), clean(f.get("kind", "unknown feeds")))
+    kind = KINDS.get(str(f.get("kind")), clean(f.get("kind", "unknown feeds")))
     counts = f"{f.get('sequences', '?')} sequences, {f.get('tokens', '?')} scored tokens"
     short = f"; {f['short']} of them too short for all decode steps" if f.get("short") else ""
     return f"{kind} ({clean(f.get('source', ''))}): {clean(counts)}{clean(short)}"
+
+
+def calibrated(report: DriftReport) -> str:
+    """What passes that look at activations were fed; empty when there were none."""
+    f = report.calibration
+    if not f:
+        return ""
+    counts = f"{f.get('sequences', '?')} sequences, {f.get('tokens', '?')} tokens"
+    kind = KINDS.get(str(f.get("kind")), clean(f.get("kind", "unknown feeds")))
+    return f"{kind} ({clean(f.get('source', ''))}): {clean(counts)}"

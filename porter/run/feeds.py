@@ -25,8 +25,8 @@ def feeds(
     """A step's feeds: `tokens` [batch, sequence] after `past` cached ones (one length, or int64 [batch]).
 
     Positions are past + arange; the mask is ones [batch, past + sequence], or up to the longest row, and 0
-    for what a shorter row has not; token types are zeros. Types are int64 unless `inputs` says otherwise, and
-    positions that `inputs` has with one axis get one row.
+    for what a shorter row has not; token types are zeros; `last` and `total` count valid tokens. Types are
+    int64 unless `inputs` says otherwise, and positions that `inputs` has with one axis get one row.
     """
     batch, sequence = tokens.shape
     before = np.broadcast_to(np.asarray(past, np.int64), (batch,))
@@ -37,6 +37,10 @@ def feeds(
         made[decoder.mask] = _mask(before, sequence)
     if decoder.lengths:
         made[decoder.lengths] = before
+    if decoder.last:
+        made[decoder.last] = before + sequence - 1
+    if decoder.total:
+        made[decoder.total] = np.array(before.max(initial=0) + sequence)
     if decoder.token_types:
         made[decoder.token_types] = np.zeros((batch, sequence), np.int64)
     return {n: _fitted(a, (inputs or {}).get(n)) for n, a in made.items()} | dict(caches)
@@ -53,7 +57,9 @@ def _mask(before: np.ndarray, sequence: int) -> np.ndarray:
 def _fitted(array: np.ndarray, spec: TensorSpec | None) -> np.ndarray:
     if spec is not None and len(spec.shape) == 1 and array.ndim == 2:
         array = array[0]
-    return np.ascontiguousarray(array, spec.dtype if spec is not None else np.int64)
+    if spec is not None and array.ndim == 0:  # a single number, in as many axes as the model wants
+        array = array.reshape((1,) * len(spec.shape))
+    return np.asarray(array, spec.dtype if spec is not None else np.int64, order="C")
 
 
 def empty_caches(decoder: Decoder, inputs: Mapping[str, TensorSpec], batch: int) -> Feeds:

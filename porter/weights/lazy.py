@@ -92,12 +92,12 @@ class Spool:
 
     def append(self, array: np.ndarray) -> Callable[[], np.ndarray]:
         """Write an array; what is given back maps it, read only, each time it is called."""
+        shape, dtype, size = array.shape, array.dtype, array.nbytes
         array = np.ascontiguousarray(array)
         with self._lock:
             start = self._file.seek(0, 2)
             self._file.write(array.reshape(-1).view(np.uint8).data)
             self._file.flush()
-        shape, dtype, size = array.shape, array.dtype, array.nbytes
 
         def mapped() -> np.ndarray:
             if not size:

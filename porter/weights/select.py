@@ -12,8 +12,8 @@ Roles, told from the graph:
 - `experts`: a stack [E,N,K].
 - `attention`: a linear with attention between it and its neighbouring linears. From its result forwards, or
   from its input backwards, through anything but another constant matrix's product, one comes to an
-  Attention or RotaryEmbedding operator, or to a Softmax whose result is multiplied by a computed matrix. The
-  softmax of a router is none: what it multiplies is no matrix product's left side.
+  Attention or RotaryEmbedding operator, or to a product of what a Softmax gives with a computed matrix. What
+  a router's softmax gives is no left side of such a product.
 - `mlp`: every other linear: gate, up and down, and what else stands between.
 
 A name only helps where the graph shows nothing: an `mlp` named after `attn` or `attention` (a linear
@@ -35,7 +35,8 @@ from porter.errors import PassError
 from porter.graph.mapped import MappedTensor
 from porter.match import words
 
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+FLOATS = tuple(_NAMES)
 LINEAR = frozenset({"attention", "mlp", "experts"})
 ROLES = ("embedding", "head", "attention", "mlp", "experts")
 _ELEMENTWISE = words("Add Mul Div Sub Cast Identity Tanh Softmax LogSoftmax")  # nearly
@@ -111,19 +112,58 @@ def choose(
     stands in both is not skipped, so that `only=head` need not undo a `skip=embedding+head`. Raises PassError
     PORT-0256 for a word that is no role and fits no initializer's name.
     """
+    return pick(matrices(graph), graph, skip, only, where)
+
+
+def pick(
+    found: list[Matrix], graph: ir.Graph, skip: tuple[str, ...], only: tuple[str, ...] = (), where: str = ""
+) -> list[Matrix]:
+    """Those of `found` that `choose` would take. Raises what it does."""
     for option, listed in (("skip", skip), ("only", only)):
         for word in listed:
             if word not in (*ROLES, "linear") and not any(fnmatchcase(n, word) for n in graph.initializers):
                 what = f"{option} names {word!r}, which is no role and no weight's name"
                 raise PassError("PORT-0256", what, where=where, hint=f"roles: {', '.join(ROLES)}, linear")
     skip = tuple(word for word in skip if word not in only)
-    found = matrices(graph)
     return [m for m in found if (not only or _named(m, only)) and not _named(m, skip)]
+
+
+def multiplied_codes(graph: ir.Graph) -> list[Matrix]:
+    """Every matrix that is stored in codes; its uses are the products that it is the right side of."""
+    heads, products = _head_nodes(graph), {}
+    for node in graph:
+        value = _stored(node.inputs[1]) if is_linear(node) and not node.domain else None
+        if value is not None and value.const_value.dtype not in (*FLOATS, ir.DataType.DOUBLE):
+            products.setdefault(value, []).append(Use(node, True))
+    return [
+        Matrix(value, value.const_value, tuple(uses), frozenset(_role(value, use, heads) for use in uses))
+        for value, uses in products.items()
+    ]
 
 
 def _named(matrix: Matrix, listed: tuple[str, ...]) -> bool:
     roles = matrix.roles | ({"linear"} if matrix.roles & LINEAR else set())
     return any(word in roles or fnmatchcase(matrix.name, word) for word in listed)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Matrices of the same roles that stay floats of one type: how many, and their bytes."""
+
+    roles: tuple[str, ...]
+    weights: int
+    bytes: int
+    dtype: str
+
+
+def kept(graph: ir.Graph) -> list[Kept]:
+    """What is not stored in a format, by roles and type, in the order of `ROLES`."""
+    found: dict[tuple[tuple[str, ...], str], list[int]] = {}
+    for matrix in matrices(graph):
+        roles = tuple(role for role in ROLES if role in matrix.roles)
+        found.setdefault((roles, _NAMES[matrix.tensor.dtype]), []).append(matrix.tensor.nbytes)
+    order = sorted(found, key=lambda key: ([ROLES.index(role) for role in key[0]], key[1]))
+    return [Kept(key[0], len(found[key]), sum(found[key]), key[1]) for key in order]
 
 
 def refuse_not_finite(matrix: Matrix) -> None:
@@ -231,10 +271,14 @@ def _products(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def _meets_attention(linear: ir.Node) -> bool:
-    forwards = _reaches(linear, lambda node: (n for v in node.outputs for n, _ in v.uses()))
-    return forwards or _reaches(
+    return reaches_attention(linear) or _reaches(
         linear, lambda node: _before(node.inputs[:1] if node is linear else node.inputs)
     )
+
+
+def reaches_attention(linear: ir.Node) -> bool:
+    """Whether the result of a linear comes to attention before it ends at other linears."""
+    return _reaches(linear, lambda node: (n for v in node.outputs for n, _ in v.uses()))
 
 
 def _before(values: Iterable[ir.Value | None]) -> Iterator[ir.Node]:
@@ -246,7 +290,7 @@ def _reaches(start: ir.Node, steps: Callable[[ir.Node], Iterable[ir.Node]]) -> b
     seen, todo = {start}, [start]
     while todo:
         for node in steps(todo.pop()):
-            if node.op_type in _ATTENTION or (node.op_type == "Softmax" and _weighs_values(node)):
+            if node.op_type in _ATTENTION or _weighs(node):
                 return True
             if node not in seen and not is_linear(node):
                 seen.add(node)
@@ -258,28 +302,31 @@ def is_linear(node: ir.Node) -> bool:
     """Whether a node multiplies by a constant matrix, floats or codes: MatMul, Gemm, or com.microsoft's."""
     if node.op_type.startswith("MatMulNBits"):
         return True
-    return node.op_type in ("MatMul", "Gemm") and _is_stored(node.inputs[1])
+    return node.op_type in ("MatMul", "Gemm") and _stored(node.inputs[1]) is not None
 
 
-def _is_stored(value: ir.Value | None) -> bool:
-    """Whether a factor is a constant of two axes or more, as stored or after decoding."""
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The constant of two axes or more that a factor is, as stored or after decoding; None for all else."""
     while value is not None and value.producer() is not None:
         node = value.producer()
         if node.op_type not in _STORAGE and node.domain != "porter":
-            return False
+            return None
         value = node.inputs[0]
     tensor = None if value is None or value.is_graph_input() else value.const_value
-    return tensor is not None and len(tensor.shape) > 1
+    return value if tensor is not None and len(tensor.shape) > 1 else None
 
 
-def _weighs_values(softmax: ir.Node) -> bool:
-    """Whether the result is the left side of a product with a computed matrix, as attention's weights are."""
-    todo, seen = [softmax], {softmax}
+def _weighs(node: ir.Node) -> bool:
+    """Whether a node multiplies a computed matrix by what comes from a Softmax: the values of attention."""
+    if node.op_type != "MatMul" or is_linear(node):
+        return False
+    todo, seen = [node.inputs[0]], set()
     while todo:
-        for node, at in todo.pop().outputs[0].uses():
-            if node.op_type == "MatMul" and at == 0 and not is_linear(node):
-                return True
-            if node.op_type in _TO_PROBABILITIES and node not in seen:
-                seen.add(node)
-                todo.append(node)
+        before = todo.pop().producer()
+        if before is None or before in seen:
+            continue
+        if before.op_type == "Softmax":
+            return True
+        seen.add(before)
+        todo += [v for v in before.inputs if v is not None and before.op_type in _TO_PROBABILITIES]
     return False

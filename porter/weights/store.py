@@ -343,13 +343,13 @@ def _spell_out_swish(model: ir.Model) -> None:
         x, alpha = node.inputs[0], node.attributes.get_float("alpha", 1.0)
         made = []
         if alpha != 1:
-            made.append(ir.node("Constant", [], {"value": ir.tensor(np.array(alpha, x.dtype.numpy()))}))
-            made.append(ir.node("Mul", [x, made[0].outputs[0]]))
+            made.append(ir.node("Constant", [], {"value_float": alpha}))
+            made.append(ir.node("CastLike", [made[-1].outputs[0], x]))
+            made.append(ir.node("Mul", [x, made[-1].outputs[0]]))
         made.append(ir.node("Sigmoid", [made[-1].outputs[0] if made else x]))
         made.append(ir.node("Mul", [x, made[-1].outputs[0]]))
         old, new = node.outputs[0], made[-1].outputs[0]
         for part in made[:-1]:
             part.outputs[0].name = f"{old.name}.{part.op_type.lower()}"
-            part.outputs[0].type, part.outputs[0].shape = old.type, old.shape
         new.name, new.type, new.shape, old.name = old.name, old.type, old.shape, None
         ir.convenience.replace_nodes_and_values(node.graph, node, [node], made, [old], [new])

@@ -182,7 +182,7 @@ def test_over_budget(stories_onnx: Path, tmp_path: Path, keep: bool) -> None:
     ("options", "kind"),
     [
         (Options(target="nochip"), SpecError),
-        (Options(weights="int3"), OptionError),
+        (Options(weights="int5"), OptionError),
         (Options(kv="kivi2"), OptionError),
         (Options(budget="speed=1"), OptionError),
         (Options(data="no-such-file.txt"), OptionError),

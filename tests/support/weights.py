@@ -8,7 +8,8 @@ import onnx_ir as ir
 FORMATS = (
     "int8", "int4-r", "int3", "int2", "uint8", "uint4", "uint3", "uint2",
     "int8-g32", "int4-g32", "int4-g5", "int3-g32", "int2-g16", "uint4-g32", "uint3-g7", "uint2-g32",
-    "int8-t", "uint4-t", "int3-t", "int4-b8", "int3-b8", "fp8-e4m3fn-b128", "fp8-e3m4-b16", "uint8-b8", "uint4-b8", "uint2-b3",
+    "int8-t", "uint4-t", "int3-t", "int4-b8", "int3-b8", "fp8-e4m3fn-b128", "fp8-e3m4-b16", "uint8-b8",
+    "uint4-b8", "uint2-b3",
     "fp8-e4m3fn", "fp8-e4m3", "fp8-e5m2", "fp8-e4m3fnuz", "fp8-e5m2fnuz", "fp8-e4m3b11fnuz", "fp8-e3m4",
     "fp8-e4m3fn-g16", "fp8-e4m3fn-t", "fp8-e3m4-t",
     "mxfp8", "mxfp8-e5m2", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp4", "mxint8", "nvfp4", "mx9", "mx6",

@@ -95,7 +95,9 @@ def _reading(imp: Importer, value: Value) -> tuple[kernels.Cache, list[relax.Exp
     if isinstance(value, Quantized):
         dims = shape_of(imp, value)
         one_scale_per_token = len(dims) == 4 and value.axis == 3 and value.block == dims[3]
-        if one_scale_per_token and value.scales is not None and imp.dtype(value.scales) == "float32":
+        known = value.codec in ("int8", "int4", "e4m3fn", "e5m2") and value.zeros is None
+        known = known and not value.constant and not value.raw
+        if one_scale_per_token and known and imp.dtype(value.scales) == "float32":
             return kernels.Cache(value.codec, dims[3]), [value.codes, value.scales], dims
     tensor = imp.tensor(value)
     return kernels.Cache("fp32", imp.shape(tensor)[3]), [tensor], imp.shape(tensor)

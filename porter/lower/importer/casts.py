@@ -12,7 +12,8 @@ from porter.errors import TargetError
 from porter.lower.importer.attributes import attribute
 from porter.lower.importer.precision import cast
 from porter.lower.importer.program import DTYPES, INDEX_TYPES, SMALL, Importer
-from porter.lower.importer.values import Ints, Value, Weight
+from porter.lower.importer.quantized import widened
+from porter.lower.importer.values import Ints, Quantized, Value, Weight
 
 op = relax.op
 
@@ -27,6 +28,10 @@ def _cast_like(imp: Importer, node: ir.Node, x: Value, like: Value) -> Value:
 
 
 def _cast_to(imp: Importer, x: Value, to: ir.DataType) -> Value:
+    if to == ir.DataType.FLOAT and isinstance(x, Weight) and (lazy := widened(imp, x)) is not None:
+        return lazy
+    if isinstance(x, Quantized) and DTYPES.get(to) == imp.dtype(x) and not x.raw:
+        return x
     if to not in DTYPES:
         raise TargetError("PORT-0413", f"a cast to {to} cannot be lowered", where=imp.current)
     if isinstance(x, Ints):

@@ -14,6 +14,7 @@ from porter.lower.importer.attributes import attribute
 from porter.lower.importer.broadcast import broadcast_dims, broadcastable
 from porter.lower.importer.precision import cast, in_float32
 from porter.lower.importer.program import SMALL, Importer
+from porter.lower.importer.quantized import times
 from porter.lower.importer.values import Ints, Value, Weight
 
 op = relax.op
@@ -137,6 +138,11 @@ _truncmod = _by_element(_safely(tirx.truncmod, lambda x: tirx.IntImm(str(x.ty.dt
 _fmod = _by_element(lambda x, y: tirx.call_pure_extern("float32", "fmodf", x, y), "fmod")
 
 
+def _mul(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
+    """A constant of a narrow type keeps its factor beside it."""
+    return times(a, b) or times(b, a) or _multiply(imp, node, a, b)
+
+
 def _div(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
     if (pair := _ints_pair(imp, a, b)) is not None:
         return _on_ints(lambda x, y: _quotient(imp, x, y), *pair)
@@ -216,12 +222,13 @@ def _pow(imp: Importer, node: ir.Node, x: Value, y: Value) -> Value:
     return cast(imp, imp.emit(op.power(*pair)), dtype)
 
 
+_multiply = _binary(op.multiply, _arithmetic(lambda a, b: a * b))
 _add = _binary(op.add, _arithmetic(lambda a, b: a + b))
 
 TABLE: dict[str, Callable[..., Value]] = {
     "Add": _add,
     "Sub": _binary(op.subtract, _arithmetic(lambda a, b: a - b)),
-    "Mul": _binary(op.multiply, _arithmetic(lambda a, b: a * b)),
+    "Mul": _mul,
     "Div": _div,
     "Mod": _mod,
     "Min": _many(_binary(op.minimum, _arithmetic(_smaller))),

@@ -10,12 +10,13 @@ import onnx_ir as ir
 from tvm import relax
 
 from porter.lower.importer.attributes import attribute, axis_of
-from porter.lower.importer.linear import has_kernel, packed
+from porter.lower.importer.linear import flattened, is_matrix, layout_for, packed
 from porter.lower.importer.precision import cast
 from porter.lower.importer.program import Importer
-from porter.lower.importer.values import Ints, Quantized, Value, Weight
+from porter.lower.importer.values import Ints, Picked, Quantized, Value, Weight
+from porter.lower.kernels import gather as kernels
 from porter.lower.kernels import integers
-from porter.lower.kernels import matmul as kernels
+from porter.lower.kernels.layout import Layout
 
 op = relax.op
 
@@ -26,12 +27,14 @@ def _gather(imp: Importer, node: ir.Node, data: Value, indices: Value) -> Value:
         entries = [data.flat()[i] for i in known]
         return Ints.of(entries if len(imp.shape(indices)) else entries[0], data.dtype)
     axis = axis_of(node, len(dims), 0)
-    if axis == 0 and has_kernel(data):
-        return _rows(imp, data, imp.tensor(indices))
-    return imp.emit(op.take(imp.tensor(data), _checked(imp, indices, [dims[axis]]), axis=axis, mode="fast"))
+    if axis == 0 and len(dims) == 2 and (layout := layout_for(imp, data)) is not None:
+        return _rows(imp, data, layout, imp.tensor(indices))
+    if axis == 0 and len(dims) == 3 and is_matrix(imp, data):
+        return Picked(data, indices)
+    return imp.emit(op.take(imp.tensor(data), checked(imp, indices, [dims[axis]]), axis=axis, mode="fast"))
 
 
-def _checked(imp: Importer, indices: Value, sizes: list[Any]) -> relax.Expr:
+def checked(imp: Importer, indices: Value, sizes: list[Any]) -> relax.Expr:
     """Indices counted from the front and checked; of several `sizes`, the last axis counts them.
 
     Constant ones are checked now where the size is a number, all others when the program runs.
@@ -60,26 +63,24 @@ def _gather_nd(imp: Importer, node: ir.Node, data: Value, indices: Value) -> Val
     skipped = int(attribute(node, "batch_dims", 0))
     depth = int(imp.shape(indices)[-1])
     sizes = imp.shape(data)[skipped : skipped + depth]
-    return imp.emit(op.gather_nd(imp.tensor(data), _checked(imp, indices, sizes), skipped))
+    return imp.emit(op.gather_nd(imp.tensor(data), checked(imp, indices, sizes), skipped))
 
 
 def _gather_elements(imp: Importer, node: ir.Node, data: Value, indices: Value) -> Value:
     dims = imp.shape(data)
     axis = axis_of(node, len(dims), 0)
-    return imp.emit(op.gather_elements(imp.tensor(data), _checked(imp, indices, [dims[axis]]), axis))
+    return imp.emit(op.gather_elements(imp.tensor(data), checked(imp, indices, [dims[axis]]), axis))
 
 
-def _rows(imp: Importer, table: Weight | Quantized, indices: relax.Expr) -> Value:
+def _rows(imp: Importer, table: Weight | Quantized, layout: Layout, indices: relax.Expr) -> Value:
     """Rows of a packed matrix, decoded one by one."""
-    layout, parameters = packed(imp, table)
     indices = cast(imp, indices, "int64")
     lead = imp.shape(indices)
     count = imp.product(lead)
-    flat = indices if len(lead) == 1 else imp.emit(op.reshape(indices, [imp.dim(count)]))
     kernel = imp.kernel(("gather", layout), lambda: kernels.gather(layout))
-    y = imp.call(kernel, [flat, *parameters], [count, layout.k], "float32")
-    y = y if len(lead) == 1 else imp.emit(op.reshape(y, [imp.dim(d) for d in [*lead, layout.k]]))
-    return cast(imp, y, imp.dtype(table))
+    arguments = [flattened(imp, indices, [count]), *packed(imp, table, layout)]
+    y = imp.call(kernel, arguments, [count, layout.k], "float32")
+    return cast(imp, flattened(imp, y, [*lead, layout.k]), imp.dtype(table))
 
 
 TABLE: dict[str, Callable[..., Value]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,77 +12,110 @@ from tvm import relax
 
 from porter.lower.importer.attributes import attribute
 from porter.lower.importer.broadcast import agreed, broadcast_dims, broadcastable
+from porter.lower.importer.constants import arrays, layout_of
 from porter.lower.importer.precision import cast, in_float32
 from porter.lower.importer.program import Importer
-from porter.lower.importer.quantized import matrix_codes, matrix_layout, matrix_scales
-from porter.lower.importer.values import Ints, Quantized, Value, Weight
+from porter.lower.importer.quantized import expand
+from porter.lower.importer.values import Ints, Picked, Quantized, Value, Weight
 from porter.lower.kernels import matmul as kernels
+from porter.lower.kernels.codecs import CODECS
+from porter.lower.kernels.layout import Layout
+from porter.lower.kernels.products import Activation, fits, products
 
 op = relax.op
 
 FLOAT_CODECS = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+CODES = ("int8", "uint8", "e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz")  # of x, multiplied as they are
 
 
-def is_matrix(value: Value) -> bool:
-    """A constant float matrix, plain or as codes."""
+def is_matrix(imp: Importer, value: Value) -> bool:
+    """A constant float matrix or stack of matrices, plain or as codes."""
     if isinstance(value, Weight):
-        return len(value.shape) == 2 and value.type in FLOAT_CODECS
-    return isinstance(value, Quantized) and isinstance(value.codes, Weight) and len(value.codes.shape) == 2
+        return len(value.shape) in (2, 3) and value.type in FLOAT_CODECS
+    return isinstance(value, Quantized) and value.constant and len(imp.shape(value)) in (2, 3)
 
 
-def has_kernel(rows: Value) -> bool:
-    """A constant matrix [n, k] that kernels read row by row; of codes, the scales must run along the rows."""
-    return is_matrix(rows) and (isinstance(rows, Weight) or matrix_layout(rows) is not None)
+def layout_for(imp: Importer, rows: Value) -> Layout | None:
+    """How kernels read a constant [n, k], or stack of them, row by row; None where it is none, or empty."""
+    if not is_matrix(imp, rows) or 0 in imp.shape(rows):
+        return None
+    if isinstance(rows, Quantized):
+        return layout_of(rows)
+    return Layout(
+        FLOAT_CODECS[rows.type], *rows.shape[-2:], stack=rows.shape[0] if len(rows.shape) == 3 else 1
+    )
 
 
-def packed(imp: Importer, rows: Weight | Quantized) -> tuple[kernels.Layout, list[relax.Var]]:
-    """The layout and parameters of a matrix [n, k]; the same matrix asked for twice is stored once."""
-    if isinstance(rows, Weight):
-        n, k = rows.shape
-        layout = kernels.Layout(FLOAT_CODECS[rows.type], n, k)
-        codes = _parameter(imp, layout, 0, rows, lambda: layout.pack_codes(_bits(rows)))
-        return layout, [codes]
-    layout = matrix_layout(rows)
-    assert layout is not None
-    codes = _parameter(imp, layout, 0, rows, lambda: layout.pack_codes(matrix_codes(rows)))
-    scales = _parameter(imp, layout, 1, rows, lambda: layout.pack_scales(matrix_scales(rows)))
-    return layout, [codes, scales]
+def packed(imp: Importer, rows: Weight | Quantized, layout: Layout) -> list[relax.Var]:
+    """The parameters of a matrix; the same matrix asked for twice is stored once."""
+    makers = (
+        {"w": lambda: layout.pack_codes(_values(rows))} if isinstance(rows, Weight) else arrays(rows, layout)
+    )
+    return [
+        imp.weights.parameter((rows, name, layout), shape, dtype, makers[name])
+        for name, shape, dtype in layout.buffers()
+    ]
 
 
-def _bits(rows: Weight) -> np.ndarray:
-    array = np.ascontiguousarray(rows.numpy())
-    return array.view(np.uint16) if rows.type == ir.DataType.BFLOAT16 else array
-
-
-def _parameter(
-    imp: Importer,
-    layout: kernels.Layout,
-    which: int,
-    rows: Weight | Quantized,
-    make: Callable[[], np.ndarray],
-) -> relax.Var:
-    source = rows.value if isinstance(rows, Weight) else (rows.codes.value, rows.scales.value)
-    _, shape, dtype = layout.buffers()[which]
-    return imp.weights.parameter((source, which, layout, rows.transposed), shape, dtype, make)
-
-
-def _turned(value: Weight | Quantized) -> Weight | Quantized:
-    return value.turned() if isinstance(value, Quantized) else Weight(value.value, not value.transposed)
+def _values(rows: Weight) -> np.ndarray:
+    return np.ascontiguousarray(rows.numpy())
 
 
 def _matmul(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
-    rows = _turned(b) if is_matrix(b) else b  # kernels want [n, k]
-    if not has_kernel(rows):
+    if isinstance(b, Weight | Quantized | Picked) and len(imp.shape(b)) > 2:
+        from porter.lower.importer.experts import stacked  # it uses what is above
+
+        found = stacked(imp, a, b)
+        return _general(imp, node, a, b) if found is None else found
+    rows = b.turned() if is_matrix(imp, b) else b  # kernels want [n, k]
+    layout = layout_for(imp, rows)
+    if layout is None or len(imp.shape(a)) == 0:
         return _general(imp, node, a, b)
-    x = imp.tensor(a)
-    layout, parameters = packed(imp, rows)
-    lead = imp.shape(x)[:-1]
-    x, dtype = agreed(imp, x, [*lead, layout.k]), str(x.ty.dtype)
-    x, count = cast(imp, x, "float32"), imp.product(lead)
-    flat = x if len(lead) == 1 else imp.emit(op.reshape(x, [imp.dim(count), imp.dim(layout.k)]))
-    kernel = imp.kernel(("matmul", layout), lambda: kernels.matmul(layout))
-    y = cast(imp, imp.call(kernel, [flat, *parameters], [count, layout.n], "float32"), dtype)
-    return y if len(lead) == 1 else imp.emit(op.reshape(y, [imp.dim(d) for d in [*lead, layout.n]]))
+    lead, dtype = imp.shape(a)[:-1], imp.dtype(a)
+    count = imp.product(lead)
+    coded = _coded(imp, a, layout, count)
+    if coded is None:
+        x = cast(imp, agreed(imp, imp.tensor(a), [*lead, layout.k]), "float32")
+        arguments = [flattened(imp, x, [count, layout.k])]
+        kernel = imp.kernel(("matmul", layout), lambda: kernels.matmul(layout))
+    else:
+        spec, arguments = coded
+        kernel = imp.kernel(("products", layout, spec), lambda: products(layout, spec))
+    y = imp.call(kernel, [*arguments, *packed(imp, rows, layout)], [count, layout.n], "float32")
+    return flattened(imp, cast(imp, y, dtype), [*lead, layout.n])
+
+
+def flattened(imp: Importer, x: relax.Expr, dims: list[Any]) -> relax.Expr:
+    """The same elements in another shape."""
+    own = imp.shape(x)
+    if len(own) == len(dims) and all(imp.same(p, q) for p, q in zip(own, dims, strict=True)):
+        return x
+    return imp.emit(op.reshape(x, [imp.dim(d) for d in dims]))
+
+
+def _coded(imp: Importer, a: Value, layout: Layout, count: Any) -> tuple[Activation, list[relax.Expr]] | None:
+    """How a product reads an x of 8-bit codes, and its arguments; None where it must be widened first."""
+    if not isinstance(a, Quantized) or a.constant or a.raw or a.codec not in CODES:
+        return None
+    dims = imp.shape(a)
+    block = layout.k if a.axis == -1 else min(a.block, layout.k)
+    integer = CODECS[a.codec].integer is not None
+    spec = Activation(a.codec if integer else "fp32", block or layout.k, a.zeros is not None)
+    if (a.axis != -1 and (not a.block or a.axis != len(dims) - 1)) or not fits(layout, spec):
+        return None
+    groups = -(-layout.k // spec.group)
+
+    def per_row(given: relax.Expr, dtype: str) -> relax.Expr:
+        tensor = cast(imp, given, dtype)
+        if a.axis != -1:
+            return flattened(imp, tensor, [count, groups])
+        return imp.emit(op.broadcast_to(flattened(imp, tensor, [1, 1]), [imp.dim(count), imp.dim(1)]))
+
+    # 8-bit floats are widened once, not for every column that they meet; their products stay exact.
+    codes = a.codes if integer else expand(imp, replace(a, scales=None, zeros=None))
+    codes = agreed(imp, codes, [*dims[:-1], layout.k])
+    arguments = [flattened(imp, codes, [count, layout.k]), per_row(a.scales, "float32")]
+    return spec, arguments if a.zeros is None else [*arguments, per_row(a.zeros, "int32")]
 
 
 @in_float32
@@ -132,8 +166,9 @@ def _permuted(imp: Importer, x: Value, order: list[int]) -> Value:
     """A constant is turned when it is packed, all else when the program runs."""
     if order == sorted(order):
         return x
-    if is_matrix(x):
-        return _turned(x)
+    last_two = [*range(len(order) - 2), len(order) - 1, len(order) - 2]
+    if order == last_two and (is_matrix(imp, x) or isinstance(x, Picked)):
+        return x.turned()
     if isinstance(x, Weight):
         return _lazily_permuted(x, order)
     return x if isinstance(x, Ints) else imp.emit(op.permute_dims(imp.tensor(x), order))

@@ -14,7 +14,7 @@ from tvm.ir import Constant, Expr
 
 from porter.errors import ModelError, PorterError, TargetError
 from porter.lower.importer.dimensions import Dimensions
-from porter.lower.importer.values import Ints, Quantized, Sequence, Value, Weight
+from porter.lower.importer.values import Ints, Picked, Quantized, Sequence, Value, Weight
 from porter.lower.kernels import integers
 from porter.lower.kernels.copy import copied
 from porter.lower.weights import Parameter, Weights
@@ -79,7 +79,7 @@ class Importer:
         """Import the whole graph.
 
         Raises TargetError PORT-0410 for an operator without importer, PORT-0411 when one cannot be lowered,
-        PORT-0413 to PORT-0417, PORT-0419 and PORT-0420 for what the lowering does not take, ModelError
+        PORT-0413 to PORT-0416 and PORT-0419 to PORT-0421 for what the lowering does not take, ModelError
         PORT-0412.
         """
         if self.opset < OLDEST:
@@ -127,6 +127,10 @@ class Importer:
             from porter.lower.importer.quantized import expand  # it uses the importer's kernels
 
             return expand(self, value)
+        if isinstance(value, Picked):
+            from porter.lower.importer.experts import matrices
+
+            return matrices(self, value)
         if isinstance(value, Sequence):
             raise TargetError("PORT-0415", "a sequence stands where a tensor belongs", where=self.current)
         return value
@@ -204,6 +208,8 @@ class Importer:
             from porter.lower.importer.quantized import shape_of
 
             return shape_of(self, value)
+        if isinstance(value, Picked):
+            return [*self.shape(value.ids), *self.shape(value.matrices)[1:]]
         return [int(d) if isinstance(d, tirx.IntImm) else d for d in self.tensor(value).ty.shape]
 
     def dim(self, value: Any) -> Expr:
@@ -221,9 +227,17 @@ class Importer:
         """TVM's name of a tensor's element type."""
         if isinstance(value, Weight):
             return DTYPES.get(value.type, value.type.name.lower())
+        if isinstance(value, Picked):
+            return self.dtype(value.stack)
         if isinstance(value, Quantized):
-            return self.dtype(value.scales) if value.scales is not None else "int8"
+            return self._dtype_of_codes(value)
         return value.dtype if isinstance(value, Ints) else str(self.tensor(value).ty.dtype)
+
+    def _dtype_of_codes(self, value: Quantized) -> str:
+        if value.raw:
+            return "int8"
+        narrow = value.scales is not None and self.dtype(value.scales) in ("float16", "bfloat16")
+        return self.dtype(value.scales) if narrow else "float32"
 
     # The walk.
 

@@ -1,9 +1,10 @@
-"""QuantizeLinear, DequantizeLinear and the packing functions: codes stay codes until a kernel reads them."""
+"""QuantizeLinear, DequantizeLinear and porter's own functions: codes stay codes until a kernel reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,41 +13,48 @@ from tvm import relax, te, tirx
 from tvm.ir import Expr
 
 from porter.errors import TargetError
+from porter.formats.elements import ELEMENTS, FP8
 from porter.lower.importer.attributes import attribute, axis_of
+from porter.lower.importer.constants import CODEC_OF, dense, shape_of_codes
 from porter.lower.importer.precision import cast, in_float32
-from porter.lower.importer.program import Importer
-from porter.lower.importer.values import Quantized, Value, Weight, read
-from porter.lower.kernels.codecs import CODECS
-from porter.lower.kernels.matmul import Layout
+from porter.lower.importer.program import SMALL, Importer
+from porter.lower.importer.values import Quantized, Value, Weight
+from porter.lower.kernels.codecs import CODECS, encode_float
 
 op = relax.op
 
-CODEC_OF = {
-    ir.DataType.INT8: "int8",
-    ir.DataType.INT4: "int4",
-    ir.DataType.FLOAT8E4M3FN: "fp8-e4m3fn",
-    ir.DataType.FLOAT8E5M2: "fp8-e5m2",
-}
+MADE = ("int8", "uint8", "int16", "uint16")  # integers that QuantizeLinear makes at run time
 
 
 def _dequantize(imp: Importer, node: ir.Node, x: Value, scale: Value, zero: Value | None = None) -> Value:
-    _refuse_zero_point(imp, zero)
     axis, block = _placement(imp, node, len(imp.shape(x)), imp.shape(scale))
-    if isinstance(x, Quantized):  # unpacked int4 codes, which carry no scale yet
-        return replace(x, scales=imp.tensor(scale), axis=axis, block=block)
     if isinstance(x, Weight) and x.type in CODEC_OF:
-        return Quantized(x, scale, CODEC_OF[x.type], axis, block)
-    if not isinstance(x, Weight) and imp.dtype(x) == "int8":
-        return Quantized(imp.tensor(x), imp.tensor(scale), "int8", axis, block)
-    raise TargetError("PORT-0413", f"codes of type {imp.dtype(x)} cannot be lowered here", where=imp.current)
+        codes = Quantized(x, CODEC_OF[x.type])
+    elif isinstance(x, Quantized) and x.raw:  # it carries no scale yet
+        codes = x
+    else:
+        tensor = imp.tensor(x)
+        if imp.dtype(tensor) not in CODECS:
+            what = f"codes of type {imp.dtype(tensor)} cannot be lowered here"
+            raise TargetError("PORT-0413", what, where=imp.current)
+        codes = Quantized(tensor, imp.dtype(tensor))
+    zeros = nonzero(imp, zero)
+    found = replace(codes, scales=scale, zeros=zeros, axis=axis, block=block, raw=False)
+    return found if found.constant else _at_run_time(imp, found)
 
 
-def _refuse_zero_point(imp: Importer, zero: Value | None) -> None:
-    if zero is None:
-        return
-    array = imp.array(zero)
-    if array is None or np.any(array.astype(np.float32)):
-        raise TargetError("PORT-0416", "a zero point other than 0 has no lowering", where=imp.current)
+def nonzero(imp: Importer, zero: Value | None) -> Value | None:
+    """None for zero points that are all 0."""
+    if isinstance(zero, Weight) and not np.any(zero.numpy().astype(np.float32)):
+        return None
+    return zero
+
+
+def _at_run_time(imp: Importer, value: Quantized) -> Quantized:
+    """The same with its scales and zero points as tensors; where these are constants, small ones."""
+    codes = imp.tensor(value.codes) if isinstance(value.codes, Weight) else value.codes
+    zeros = None if value.zeros is None else imp.tensor(value.zeros)
+    return replace(value, codes=codes, scales=imp.tensor(value.scales), zeros=zeros)
 
 
 def _placement(imp: Importer, node: ir.Node, rank: int, scale: list[Any]) -> tuple[int, int]:
@@ -57,73 +65,49 @@ def _placement(imp: Importer, node: ir.Node, rank: int, scale: list[Any]) -> tup
     return axis_of(node, rank, 1), block
 
 
-def matrix_layout(value: Quantized) -> Layout | None:
-    """How the kernels store this constant matrix [n, k] (as it is seen); None if its scales do not fit them.
-
-    They fit when the scales run along the rows: one for all, one per row, or one per `block` codes of a row.
-    """
-    if (
-        not isinstance(value.codes, Weight)
-        or not isinstance(value.scales, Weight)
-        or len(value.codes.shape) != 2
-    ):
-        return None
-    shape = value.codes.shape
-    n, k = shape[::-1] if value.transposed else shape
-    row_axis = 1 if value.transposed else 0
-    if value.axis == -1 or (not value.block and value.axis == row_axis):
-        return Layout(value.codec, n, k, k)
-    group = min(value.block, k)
-    straddles = group % CODECS[value.codec].per_word and group != k
-    return Layout(value.codec, n, k, group) if group and value.axis != row_axis and not straddles else None
-
-
-def matrix_codes(value: Quantized) -> np.ndarray:
-    """The codes [n, k] as int8, or raw bytes of an 8-bit float."""
-    array = read(value.codes.value)
-    array = array.view(np.uint8) if value.codec.startswith("fp8") else array.astype(np.int8)
-    return array.T if value.transposed else array
-
-
-def matrix_scales(value: Quantized) -> np.ndarray:
-    """The scales [n, groups]."""
-    shape = value.codes.shape
-    n = shape[1] if value.transposed else shape[0]
-    array = read(value.scales.value).astype(np.float32)
-    if array.ndim == 2:
-        return array.T if value.transposed else array
-    return np.broadcast_to(array.reshape(-1, 1), (n, 1))
-
-
 def shape_of(imp: Importer, value: Quantized) -> list[Any]:
     """The shape of what the codes stand for."""
-    dims = imp.shape(value.codes)
-    if not isinstance(value.codes, Weight):
-        dims = [*dims[:-1], dims[-1] * CODECS[value.codec].per_word]
-    return dims[::-1] if value.transposed else dims
+    if isinstance(value.codes, Weight):
+        dims = list(shape_of_codes(value))
+    else:
+        dims = imp.shape(value.codes)
+        dims = [*dims[:-1], dims[-1] * CODECS[value.codec].unit]
+    return [*dims[:-2], dims[-1], dims[-2]] if value.transposed else dims
 
 
 def expand(imp: Importer, value: Quantized) -> relax.Expr:
-    """The floats, for a consumer that has no kernel for codes; int8 codes where there are no scales."""
-    if isinstance(value.codes, Weight):
-        what, hint = (
-            "no kernel reads this quantized weight where it stands",
-            "leave it out of quantize.rtn",
-        )
-        raise TargetError("PORT-0417", what, where=imp.current, hint=hint)
-    codec, per_word = CODECS[value.codec], CODECS[value.codec].per_word
-    scales = [] if value.scales is None else [cast(imp, value.scales, "float32")]
+    """The numbers, for a consumer that has no kernel for codes; of raw codes the codes, as int8.
 
-    def compute(q: te.Tensor, *s: te.Tensor) -> te.Tensor:
+    A constant is widened now and stored so: it is a vector, or stands where no kernel reads codes.
+    """
+    if isinstance(value.codes, Weight):
+        dtype, shape = imp.dtype(value), tuple(shape_of(imp, value))
+        if int(np.prod(shape)) <= SMALL:
+            return cast(imp, relax.const(np.array(dense(value), order="C"), "float32"), dtype)
+        floats = imp.weights.parameter((value, "dense"), shape, "float32", lambda: dense(value))
+        return cast(imp, floats, dtype)
+    if value.raw and value.codec in FP8:
+        raise TargetError("PORT-0413", "8-bit floats are no tensor of the program", where=imp.current)
+    codec, unit = CODECS[value.codec], CODECS[value.codec].unit
+    parts = [p for p in (value.scales, value.zeros) if p is not None]
+
+    def compute(q: te.Tensor, *given: te.Tensor) -> te.Tensor:
         def element(*index: Any) -> Expr:
             *lead, last = index
-            code = codec.decode(q(*lead, last // per_word), tirx.Cast("int32", last % per_word))
-            return code * s[0](*_scale_index(value, index, s[0])) if s else tirx.Cast("int8", code)
+            word = q(*lead, last // unit) if unit > 1 else q(*index)
+            code = codec.decode(lambda _: word, tirx.Cast("int32", last % unit) if unit > 1 else 0)
+            if value.raw:
+                return tirx.Cast("int8", code)
+            if value.zeros is not None:
+                code = code - tirx.Cast("float32", given[-1](*_scale_index(value, index, given[-1])))
+            if value.scales is None:
+                return code
+            return code * tirx.Cast("float32", given[0](*_scale_index(value, index, given[0])))
 
-        return te.compute([*q.shape[:-1], q.shape[-1] * per_word], element, name="dequantized")
+        return te.compute([*q.shape[:-1], q.shape[-1] * unit] if unit > 1 else q.shape, element)
 
-    floats = imp.te(compute, value.codes, *scales, name="dequantize")
-    return floats if value.scales is None else cast(imp, floats, imp.dtype(value.scales))
+    floats = imp.te(compute, value.codes, *parts, name="dequantize")
+    return floats if value.raw else cast(imp, floats, imp.dtype(value))
 
 
 def _scale_index(value: Quantized, index: tuple[Any, ...], scales: te.Tensor) -> tuple[Any, ...]:
@@ -136,28 +120,49 @@ def _scale_index(value: Quantized, index: tuple[Any, ...], scales: te.Tensor) ->
 
 @in_float32
 def _quantize(imp: Importer, node: ir.Node, x: Value, scale: Value, zero: Value | None = None) -> Value:
-    """int8 codes, saturate(round_half_even(x / scale)), of a tensor that is computed at run time."""
-    wanted = ir.DataType(attribute(node, "output_dtype", 0))
-    if zero is not None:
-        wanted = node.inputs[2].dtype
-        _refuse_zero_point(imp, zero)
-    if wanted != ir.DataType.INT8:
-        kind = "uint8" if wanted == ir.DataType.UNDEFINED else wanted.name.lower()
-        raise TargetError("PORT-0416", f"quantizing to {kind} at run time has no lowering", where=imp.current)
-    tensor, scales = imp.tensor(x), imp.tensor(scale)
-    place = Quantized(
-        tensor, scales, "int8", *_placement(imp, node, len(imp.shape(tensor)), imp.shape(scales))
-    )
-    low, high = tirx.FloatImm("float32", -128), tirx.FloatImm("float32", 127)
+    """Codes saturate(round_half_even(x / scale) + zero), or 8-bit floats, of what is computed at run time."""
+    name = _wanted(imp, node)
+    tensor, scales, zeros = imp.tensor(x), imp.tensor(scale), nonzero(imp, zero)
+    place = Quantized(tensor, name, None, *_placement(imp, node, len(imp.shape(tensor)), imp.shape(scales)))
+    if name in FP8 and zeros is not None:
+        raise TargetError("PORT-0416", "a zero point of an 8-bit float has no lowering", where=imp.current)
 
-    def compute(t: te.Tensor, s: te.Tensor) -> te.Tensor:
+    def compute(t: te.Tensor, s: te.Tensor, *z: te.Tensor) -> te.Tensor:
         def element(*index: Any) -> Expr:
-            ratio = tirx.nearbyint(t(*index) / s(*_scale_index(place, index, s)))
-            return tirx.Cast("int8", tirx.max(tirx.min(ratio, high), low))
+            ratio = t(*index) / s(*_scale_index(place, index, s))
+            if name in FP8:
+                return encode_float(FP8[name], ratio)
+            shift = [tirx.Cast("float32", zero(*_scale_index(place, index, zero))) for zero in z]
+            return rounded(name, ratio, *shift)
 
         return te.compute(t.shape, element, name="codes")
 
-    return imp.te(compute, tensor, scales, name="quantize")
+    given = [] if zeros is None else [imp.tensor(zeros)]
+    codes = imp.te(compute, tensor, scales, *given, name="quantize")
+    return Quantized(codes, name, raw=True) if name in FP8 else codes
+
+
+def rounded(name: str, ratio: Expr, *shift: Expr) -> Expr:
+    """saturate(round_half_even(ratio) + shift), of the integer type `name`."""
+    info = np.iinfo(name)
+    code = tirx.nearbyint(ratio)
+    code = code + shift[0] if shift else code
+    low, high = tirx.FloatImm("float32", float(info.min)), tirx.FloatImm("float32", float(info.max))
+    return tirx.Cast(name, tirx.max(tirx.min(code, high), low))
+
+
+def _wanted(imp: Importer, node: ir.Node) -> str:
+    """The codec of the codes to be made."""
+    wanted = ir.DataType(attribute(node, "output_dtype", 0))
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        wanted = node.inputs[2].dtype or wanted
+    wanted = ir.DataType.UINT8 if wanted == ir.DataType.UNDEFINED else wanted
+    name = CODEC_OF.get(wanted, wanted.name.lower())
+    if name not in (*MADE, *FP8) or not attribute(node, "saturate", 1):
+        how = "" if attribute(node, "saturate", 1) else " without saturation"
+        what = f"quantizing to {wanted.name.lower()}{how} at run time has no lowering"
+        raise TargetError("PORT-0416", what, where=imp.current)
+    return name
 
 
 def _pack_int4(imp: Importer, node: ir.Node, codes: Value) -> Value:
@@ -184,8 +189,76 @@ def _pack_int4(imp: Importer, node: ir.Node, codes: Value) -> Value:
 
 def _unpack_int4(imp: Importer, node: ir.Node, packed: Value) -> Value:
     """Stays packed: the DequantizeLinear that follows adds the scales."""
-    return Quantized(imp.tensor(packed), None, "int4")
+    return Quantized(imp.tensor(packed), "int4", raw=True)
+
+
+def _decode(codec: str, imp: Importer, node: ir.Node, packed: Value) -> Value:
+    """uint8 [..., bytes] -> `length` codes of each row."""
+    if not isinstance(packed, Weight) or packed.type != ir.DataType.UINT8:
+        raise TargetError("PORT-0421", "packed codes are decoded from constant bytes only", where=imp.current)
+    return Quantized(packed, codec, length=int(attribute(node, "length")))
+
+
+def _subtract_blocks(imp: Importer, node: ir.Node, x: Value, zero: Value) -> Value:
+    _folded(imp, x, zero)
+    if x.scales is not None or x.zeros is not None or x.shifts is not None:
+        raise TargetError("PORT-0421", "a zero point must come before the scales", where=imp.current)
+    return replace(x, zeros=zero, axis=len(imp.shape(x)) - 1, block=int(attribute(node, "block")))
+
+
+def _scale_blocks(imp: Importer, node: ir.Node, x: Value, scale: Value) -> Value:
+    _folded(imp, x, scale)
+    block = int(attribute(node, "block"))
+    if isinstance(scale, Quantized) and scale.codec == "halving" and x.scales is None and x.shifts is None:
+        return replace(x, shifts=scale, micro=block)
+    if x.scales is not None or (x.zeros is not None and x.block != block):
+        raise TargetError("PORT-0421", "a second scale has no lowering", where=imp.current)
+    return replace(x, scales=scale, axis=len(imp.shape(x)) - 1, block=block)
+
+
+def _repeat_rows(imp: Importer, node: ir.Node, scale: Value) -> Value:
+    _folded(imp, scale)
+    scale = Quantized(scale, CODEC_OF[scale.type]) if isinstance(scale, Weight) else scale
+    return replace(scale, repeat=(int(attribute(node, "rows")), int(attribute(node, "length"))))
+
+
+def _folded(imp: Importer, *values: Value) -> None:
+    """These functions are not computed: they say how a constant is stored."""
+    first, *others = values
+    known = (isinstance(first, Quantized) and first.constant) or (not others and isinstance(first, Weight))
+    if not known or not all(
+        isinstance(v, Weight) or (isinstance(v, Quantized) and v.constant) for v in others
+    ):
+        what = "the blocks of a tensor are scaled only where all of it is constant"
+        raise TargetError("PORT-0421", what, where=imp.current)
+
+
+def widened(imp: Importer, x: Weight) -> Quantized | None:
+    """Codes as numbers, or narrow floats as float32: what kernels do when they read them."""
+    name = CODEC_OF.get(x.type)
+    return Quantized(x, name) if name not in (None, "fp32", "int32") and len(x.shape) > 0 else None
+
+
+def times(x: Value, factor: Value) -> Quantized | None:
+    """Constants of a narrow type times one float, if that is what these are: NVFP4's scales."""
+    if not isinstance(x, Quantized) or not x.constant or x.raw or not isinstance(factor, Weight):
+        return None
+    plain = x.scales is None and x.zeros is None and x.shifts is None and x.factor is None and not x.repeat
+    scalar = factor.type == ir.DataType.FLOAT and factor.shape in ((), (1,))
+    return replace(x, factor=factor) if plain and scalar else None
 
 
 TABLE: dict[str, Callable[..., Value]] = {"DequantizeLinear": _dequantize, "QuantizeLinear": _quantize}
-FUNCTIONS: dict[str, Callable[..., Value]] = {"PackInt4": _pack_int4, "UnpackInt4": _unpack_int4}
+DECODERS = {
+    **{f"Decode{n.upper()}": n for n in ("e2m1", "e2m3", "e3m2", *FP8)},
+    **{f"Decode{n.capitalize()}": n for n in ELEMENTS if n.startswith(("int", "uint", "mx"))},
+    "DecodeShifts": "halving",
+}
+FUNCTIONS: dict[str, Callable[..., Value]] = {
+    "PackInt4": _pack_int4,
+    "UnpackInt4": _unpack_int4,
+    "ScaleBlocks": _scale_blocks,
+    "SubtractBlocks": _subtract_blocks,
+    "RepeatRows": _repeat_rows,
+    **{name: partial(_decode, codec) for name, codec in DECODERS.items()},
+}

@@ -38,7 +38,7 @@ class Ints:
 
 @dataclass(frozen=True)
 class Weight:
-    """A constant of the model that no kernel has asked for yet; `transposed` swaps its two axes."""
+    """A constant of the model that no kernel has asked for yet; `transposed` swaps its last two axes."""
 
     value: ir.Value
     transposed: bool = False
@@ -52,7 +52,11 @@ class Weight:
     def numpy(self) -> np.ndarray:
         """Read it, as it is seen (transposed or not)."""
         array = read(self.value)
-        return array.T if self.transposed else array
+        return array.swapaxes(-1, -2) if self.transposed else array
+
+    def turned(self) -> Weight:
+        """The transpose of a matrix, or of each matrix of a stack."""
+        return replace(self, transposed=not self.transposed)
 
     @property
     def type(self) -> ir.DataType:
@@ -63,28 +67,65 @@ class Weight:
     def shape(self) -> tuple[int, ...]:
         """Shape as it is seen."""
         shape = tuple(int(d) for d in self.value.const_value.shape)
-        return shape[::-1] if self.transposed else shape
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes and scales that a kernel will decode in registers: a DequantizeLinear not yet computed.
+    """Codes that a kernel will decode in registers, and what turns them into numbers.
 
-    `axis` is -1 for one scale per tensor; else `block` codes along `axis` share a scale (0: one scale per
-    index of `axis`). `codec` names a porter.lower.kernels codec. `transposed` swaps the two axes of what it
-    stands for. Without scales it stands for the codes themselves, as int8.
+    Stands for (element - zero) * 2^-shift * scale, a DequantizeLinear not yet computed; without scales, for
+    the elements as float32 (a Cast not yet computed), or if `raw` for the codes themselves.
+
+    `codec` names a porter.lower.kernels codec. `axis` is -1 for one scale per tensor; else `block` codes
+    along `axis` share a scale (0: one scale per index of `axis`), and a zero point. `shifts` holds a bit for
+    `micro` codes of the last axis. `length`: the codes are packed in bytes along the last axis, so many in a
+    row. `factor`: all elements are multiplied by it. `repeat`: row i is repeated `repeat[0]` times, up to
+    `repeat[1]` rows. `transposed` swaps the last two axes of what it stands for. Constants are made of
+    Weights alone.
     """
 
     codes: Weight | relax.Expr
-    scales: Weight | relax.Expr | None
     codec: str
+    scales: Weight | Quantized | relax.Expr | None = None
     axis: int = -1
     block: int = 0
+    zeros: Weight | Quantized | relax.Expr | None = None
+    shifts: Quantized | None = None
+    micro: int = 0
+    length: int = 0
+    factor: Weight | None = None
+    repeat: tuple[int, int] | None = None
     transposed: bool = False
+    raw: bool = False
 
     def turned(self) -> Quantized:
-        """The transpose of a matrix."""
+        """The transpose of a matrix, or of each matrix of a stack."""
         return replace(self, transposed=not self.transposed)
+
+    @property
+    def constant(self) -> bool:
+        """Is all of it known at import?"""
+        parts = [p for p in (self.codes, self.scales, self.zeros) if p is not None]
+        return all(isinstance(p, Weight) or (isinstance(p, Quantized) and p.constant) for p in parts)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Matrices of a constant stack by number, not yet copied; `transposed` swaps the last two axes."""
+
+    stack: Weight | Quantized
+    ids: relax.Expr | Weight | Ints
+    transposed: bool = False
+
+    def turned(self) -> Picked:
+        """The transpose of each matrix."""
+        return replace(self, transposed=not self.transposed)
+
+    @property
+    def matrices(self) -> Weight | Quantized:
+        """The stack as the matrices are seen."""
+        return self.stack.turned() if self.transposed else self.stack
 
 
 @dataclass(frozen=True)
@@ -104,7 +145,7 @@ def read(value: ir.Value) -> np.ndarray:
     return array
 
 
-Value = Sequence | relax.Expr | Ints | Weight | Quantized
+Value = Sequence | relax.Expr | Ints | Weight | Quantized | Picked
 
 
 def _plain(value: object) -> object:

@@ -47,7 +47,7 @@ class Cache:
     def buffers(self, name: str, heads: int, length: Dim) -> list[Spec]:
         """Codes [b, heads, length, words], then scales [b, heads, length, 1] where the codec needs them."""
         codec = CODECS[self.codec]
-        codes: Spec = (name, ("b", heads, length, self.width // codec.per_word), codec.storage)
+        codes: Spec = (name, ("b", heads, length, codec.words(self.width)), codec.storage)
         return (
             [codes]
             if self.codec == "fp32"
@@ -178,17 +178,17 @@ def _masked(
 def _dot(cache: Cache, at: dict[str, tirx.Buffer], query: tirx.Buffer, b: Expr, head: Expr, j: Expr) -> Expr:
     """Emit q · k[j] and return it; the partial sums stand in lanes, so the loop is one vector operation."""
     codec = CODECS[cache.codec]
-    words = cache.width // codec.per_word
+    words = codec.words(cache.width)
     lanes = next(n for n in (16, 8, 4, 2, 1) if words % n == 0)
     partial = local(lanes)
     with loop(lanes, "vectorized") as v:
         store(partial, f32(0), v)
     with loop(words // lanes) as chunk:
-        for which in range(codec.per_word):
+        for which in range(codec.unit):
             with loop(lanes, "vectorized") as v:
                 word = chunk * i64(lanes) + v
-                key = codec.decode(at["k"][b, head, j, word], tirx.IntImm("int32", which))
-                store(partial, partial[v] + query[word * i64(codec.per_word) + i64(which)] * key, v)
+                key = codec.decode(lambda _, word=word: at["k"][b, head, j, word], which)
+                store(partial, partial[v] + query[word * i64(codec.unit) + i64(which)] * key, v)
     while lanes > 1:  # halves are added: lane by lane each addition would wait for the one before
         lanes //= 2
         with loop(lanes, "vectorized") as v:
@@ -208,8 +208,8 @@ def _add_value(
     """out += weight * v[j]."""
     codec = CODECS[cache.codec]
     weight = weight if cache.codec == "fp32" else weight * at["v_scale"][b, head, j, 0]
-    for which in range(codec.per_word):
-        with loop(cache.width // codec.per_word, "vectorized") as word:
-            d = word * i64(codec.per_word) + i64(which)
-            value = codec.decode(at["v"][b, head, j, word], tirx.IntImm("int32", which))
+    for which in range(codec.unit):
+        with loop(codec.words(cache.width), "vectorized") as word:
+            d = word * i64(codec.unit) + i64(which)
+            value = codec.decode(lambda _, word=word: at["v"][b, head, j, word], which)
             store(out, out[d] + weight * value, d)

@@ -1,116 +1,28 @@
-"""y = x Wᵀ and row gathering for a constant weight W, read packed and decoded in registers.
-
-Packed layout: W [N, K] is cut into blocks of LANES rows; block, k, lane is the order of the bytes, so SIMD
-lanes are output columns, the activation is a broadcast and the weight stream is sequential. N is padded with
-zero codes.
-"""
+"""y = x Wᵀ for a constant weight W, or matrices picked from a stack of them, decoded in registers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from porter.lower.kernels.codecs import CODECS, Codec, pack_pairs
 from porter.lower.kernels.define import Expr, Spec, check, define, f32, i64, local, loop, store, tirx
 from porter.lower.kernels.integers import OUTSIDE
+from porter.lower.kernels.layout import LANES, Layout
+from porter.lower.kernels.reading import Reader
 
-LANES = 16  # two AVX2 registers of float32
 ROWS = 4  # rows of x that share one decoded weight vector: 4 x 16 accumulators fill half the AVX2 registers
 PARALLEL_WORK = 1 << 15  # below this many multiplications starting threads costs more than it saves
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How a weight [n, k] is stored: codec, and `group` codes along k that share a scale (0: no scales)."""
-
-    codec_name: str
-    n: int
-    k: int
-    group: int = 0
-
-    @property
-    def codec(self) -> Codec:
-        """The element codec."""
-        return CODECS[self.codec_name]
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of LANES rows, the last one padded."""
-        return -(-self.n // LANES)
-
-    @property
-    def groups(self) -> int:
-        """Scale groups along k, the last one ragged."""
-        return -(-self.k // self.group) if self.group else 0
-
-    @property
-    def words(self) -> int:
-        """Storage elements along k."""
-        return -(-self.k // self.codec.per_word)
-
-    @property
-    def name(self) -> str:
-        """A name for kernels that read this layout."""
-        group = f"_g{self.group}" if self.group not in (0, self.k) else ""
-        return f"{self.codec_name.replace('-', '_')}{group}_n{self.n}_k{self.k}"
-
-    def buffers(self) -> list[Spec]:
-        """The packed weight's buffers: codes, and scales where there are any."""
-        codes: Spec = ("w", (self.blocks, self.words, LANES), self.codec.storage)
-        scales: list[Spec] = [("scale", (self.blocks, self.groups, LANES), "float32")] if self.group else []
-        return [codes, *scales]
-
-    def pack_codes(self, codes: np.ndarray) -> np.ndarray:
-        """codes [n, k] (float32, int8 or raw fp8 bytes) -> the first buffer."""
-        if self.codec.per_word == 2:
-            codes = pack_pairs(codes, 1)
-        return _interleave(codes, self.blocks).astype(self.codec.storage, copy=False)
-
-    def pack_scales(self, scales: np.ndarray) -> np.ndarray:
-        """scales [n, groups] -> the second buffer."""
-        return _interleave(scales.astype(np.float32, copy=False), self.blocks)
-
-
-def _interleave(rows: np.ndarray, blocks: int) -> np.ndarray:
-    """[n, w] -> [blocks, w, LANES], rows padded with zeros."""
-    padded = np.zeros((blocks * LANES, rows.shape[1]), rows.dtype)
-    padded[: len(rows)] = rows
-    return np.ascontiguousarray(padded.reshape(blocks, LANES, -1).transpose(0, 2, 1))
-
-
-def _spans(layout: Layout) -> Iterator[tuple[int, int, int]]:
-    """(first group, groups, codes in each) of the whole groups, then of the ragged one."""
-    if not layout.group:
-        yield 0, 1, layout.k
-        return
-    whole, tail = divmod(layout.k, layout.group)
-    if whole:
-        yield 0, whole, layout.group
-    if tail:
-        yield whole, 1, tail
+Tile = Callable[[Expr, int, Expr, int], None]  # (block, columns of it, first row, rows)
 
 
 def matmul(layout: Layout) -> tirx.PrimFunc:
     """x [m, k] float32, packed W -> y [m, n] float32, accumulated in float32 in order of k."""
-    assert not layout.group or layout.group % layout.codec.per_word == 0 or layout.group == layout.k
 
     def body(x, *rest, m):
         *weight, y = rest
-
-        def column(block: Expr, width: int) -> None:
-            with loop(m // i64(ROWS)) as tile:
-                _tile(layout, x, weight, y, block, width, tile * i64(ROWS), ROWS)
-            with loop(m % i64(ROWS)) as row:
-                _tile(layout, x, weight, y, block, width, m // i64(ROWS) * i64(ROWS) + row, 1)
-
-        whole, tail = divmod(layout.n, LANES)
-        if whole:
-            with loop(whole, "parallel" if layout.n * layout.k >= PARALLEL_WORK else "serial") as block:
-                column(block, LANES)
-        if tail:
-            column(i64(whole), tail)
+        tile = _Tile(Reader(layout, tuple(weight), i64(0)), x, y, ()).emit
+        each_block(layout, layout.n * layout.k, lambda block, width: each_tile(m, tile, block, width))
 
     buffers: list[Spec] = [
         ("x", ("m", layout.k), "float32"),
@@ -120,91 +32,137 @@ def matmul(layout: Layout) -> tirx.PrimFunc:
     return define(f"matmul_{layout.name}", buffers, body)
 
 
-def _tile(
-    layout: Layout,
-    x: tirx.Buffer,
-    weight: list[tirx.Buffer],
-    y: tirx.Buffer,
-    block: Expr,
-    width: int,
-    row: Expr,
-    rows: int,
+def stacked(layout: Layout, *, picked: bool, shared: bool) -> tirx.PrimFunc:
+    """x [t, m, k] float32 ([1, m, k] if `shared`), packed stack W -> y [t, m, n] float32.
+
+    Product i is with matrix i mod stack, or if `picked` with that of number ids[i], int64, the first
+    argument; a negative number counts from the end, and one outside of the stack stops the program.
+    """
+
+    def body(*arguments, t, m):
+        *ids, x = arguments[: 1 + picked]
+        *weight, y = arguments[1 + picked :]
+        if picked:
+            with loop(t) as i:
+                check(tirx.all(ids[0][i] >= i64(-layout.stack), ids[0][i] < i64(layout.stack)), OUTSIDE)
+
+        def column(block: Expr, width: int) -> None:
+            with loop(t) as i:
+                number = (ids[0][i] if picked else i) + i64(layout.stack)
+                reader = Reader(layout, tuple(weight), number % i64(layout.stack))
+                tile = _Tile(reader, x, y, (i64(0) if shared else i,), (i,)).emit
+                each_tile(m, tile, block, width)
+
+        each_block(layout, layout.n * layout.k, column)
+
+    buffers: list[Spec] = [
+        *([("ids", ("t",), "int64")] if picked else []),
+        ("x", (1 if shared else "t", "m", layout.k), "float32"),
+        *layout.buffers(),
+        ("y", ("t", "m", layout.n), "float32"),
+    ]
+    kind = ("picked" if picked else "stacked") + "_shared" * shared
+    return define(f"matmul_{kind}_{layout.name}", buffers, body)
+
+
+def each_block(layout: Layout, work: int, emit: Callable[[Expr, int], None]) -> None:
+    """`emit(block, columns)` for every block of rows of W, in parallel where the work pays for it."""
+    whole, tail = divmod(layout.n, LANES)
+    if whole:
+        with loop(whole, "parallel" if work >= PARALLEL_WORK else "serial") as block:
+            emit(block, LANES)
+    if tail:
+        emit(i64(whole), tail)
+
+
+def each_tile(m: Expr, tile: Tile, block: Expr, width: int) -> None:
+    """Tiles of ROWS rows of x, then the rows that are left one by one."""
+    with loop(m // i64(ROWS)) as i:
+        tile(block, width, i * i64(ROWS), ROWS)
+    with loop(m % i64(ROWS)) as row:
+        tile(block, width, m // i64(ROWS) * i64(ROWS) + row, 1)
+
+
+def each_unit(
+    layout: Layout, start: Callable[[Expr], object], emit: Callable[[Expr, Expr, int, object], None]
 ) -> None:
-    """y[row:row+rows, block*LANES:+width]: every weight vector is decoded once for all the rows."""
-    acc = local(rows * LANES)
-    with loop(rows * LANES, "vectorized") as v:
-        store(acc, f32(0), v)
-    per_word = layout.codec.per_word
-    for first, groups, codes in _spans(layout):
-        with loop(groups) as group:
-            scale = _load_scale(weight, block, group + i64(first))
-            start = (group + i64(first)) * i64(layout.group // per_word)  # words never straddle groups
-            with loop(codes // per_word) as word:
-                _accumulate(layout, x, weight[0], scale, acc, block, start + word, per_word, row, rows)
-            if codes % per_word:  # the pad of the last word is no code: 0 * inf would be NaN
-                last = start + i64(codes // per_word)
-                _accumulate(layout, x, weight[0], scale, acc, block, last, codes % per_word, row, rows)
-    for r in range(rows):
-        with loop(width, "vectorized") as v:
-            store(y, acc[i64(r * LANES) + v], row + i64(r), block * i64(LANES) + v)
+    """For every group, `start(group)`, then for each of its units `emit(group, unit, codes, started)`."""
+    for first, groups, codes in layout.spans():
+        with loop(groups) as i:
+            group, unit = i + i64(first), layout.unit
+            started = start(group)
+            if codes // unit:
+                with loop(codes // unit) as number:
+                    emit(group, number, unit, started)
+            if codes % unit:  # the pad of the last word is no code: 0 * inf would be NaN
+                emit(group, i64(codes // unit), codes % unit, started)
 
 
-def _load_scale(weight: list[tirx.Buffer], block: Expr, group: Expr) -> tirx.Buffer | None:
-    if len(weight) == 1:
-        return None
-    scale = local(LANES)
-    with loop(LANES, "vectorized") as v:
-        store(scale, weight[1][block, group, v], v)
-    return scale
+@dataclass(frozen=True)
+class Scaling:
+    """The scales and zero points of one group, LANES of each, or None."""
+
+    scale: tirx.Buffer | None
+    zero: tirx.Buffer | None
 
 
-def _accumulate(
-    layout: Layout,
-    x: tirx.Buffer,
-    codes: tirx.Buffer,
-    scale: tirx.Buffer | None,
-    acc: tirx.Buffer,
-    block: Expr,
-    word: Expr,
-    codes_used: int,
-    row: Expr,
-    rows: int,
-) -> None:
-    """acc[r, :] += x[row + r, k] * decode(W[:, k]) for the first `codes_used` codes of one storage word."""
-    for which in range(codes_used):
+def scaling(reader: Reader, block: Expr, group: Expr) -> Scaling:
+    """Load and decode them once for the group."""
+    scale = zero = None
+    if reader.layout.group:
+        scale = local(LANES)
+        with loop(LANES, "vectorized") as v:
+            store(scale, reader.scale(block, group, v), v)
+    if reader.layout.zero:
+        zero = local(LANES)
+        with loop(LANES, "vectorized") as v:
+            store(zero, reader.zero(block, group, v), v)
+    return Scaling(scale, zero)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """y[out, row:row+rows, block*LANES:+width]: every weight vector is decoded once for all the rows."""
+
+    reader: Reader
+    x: tirx.Buffer
+    y: tirx.Buffer
+    lead: tuple[Expr, ...]  # of x
+    out: tuple[Expr, ...] = ()
+
+    def emit(self, block: Expr, width: int, row: Expr, rows: int) -> None:
+        acc = local(rows * LANES)
+        with loop(rows * LANES, "vectorized") as v:
+            store(acc, f32(0), v)
+
+        def unit(group: Expr, number: Expr, codes: int, given: Scaling) -> None:
+            for which in range(codes):
+                self._accumulate(acc, given, block, group, number, which, row, rows)
+
+        each_unit(self.reader.layout, lambda group: scaling(self.reader, block, group), unit)
+        for r in range(rows):
+            with loop(width, "vectorized") as v:
+                store(self.y, acc[i64(r * LANES) + v], *self.out, row + i64(r), block * i64(LANES) + v)
+
+    def _accumulate(
+        self,
+        acc: tirx.Buffer,
+        given: Scaling,
+        block: Expr,
+        group: Expr,
+        unit: Expr,
+        which: int,
+        row: Expr,
+        rows: int,
+    ) -> None:
+        """acc[r, :] += x[row + r, k] * W[:, k]."""
         decoded = local(LANES)
         with loop(LANES, "vectorized") as v:
-            value = layout.codec.decode(codes[block, word, v], tirx.IntImm("int32", which))
-            store(decoded, value * scale[v] if scale is not None else value, v)
-        k = word * i64(layout.codec.per_word) + i64(which)
+            zero = given.zero[v] if given.zero is not None else None
+            value = self.reader.element(block, group, unit, which, v, zero)
+            store(decoded, value * given.scale[v] if given.scale is not None else value, v)
+        k = self.reader.k(group, unit, which)
         for r in range(rows):
             with loop(LANES, "vectorized") as v:
                 at = i64(r * LANES) + v
-                store(acc, acc[at] + x[row + i64(r), k] * decoded[v], at)
-
-
-def gather(layout: Layout) -> tirx.PrimFunc:
-    """Row numbers [m] int64 and packed W -> rows [m, k] float32; a negative number counts from the end.
-
-    A number outside of the table stops the program: it must not read what lies beside it.
-    """
-
-    def body(rows, *rest, m):
-        codes, *scales, out = rest
-        with loop(m) as i:
-            check(tirx.all(rows[i] >= i64(-layout.n), rows[i] < i64(layout.n)), OUTSIDE)
-            row = tirx.Select(rows[i] < i64(0), rows[i] + i64(layout.n), rows[i])
-            with loop(layout.k) as k:
-                value = layout.codec.decode(*_word(layout, codes, row, k))
-                if scales:
-                    value = value * scales[0][row // i64(LANES), k // i64(layout.group), row % i64(LANES)]
-                store(out, value, i, k)
-
-    buffers: list[Spec] = [("rows", ("m",), "int64"), *layout.buffers(), ("out", ("m", layout.k), "float32")]
-    return define(f"gather_{layout.name}", buffers, body)
-
-
-def _word(layout: Layout, codes: tirx.Buffer, row: Expr, k: Expr) -> tuple[Expr, Expr]:
-    per_word = layout.codec.per_word
-    word = codes[row // i64(LANES), k // i64(per_word), row % i64(LANES)]
-    return word, tirx.Cast("int32", k % i64(per_word))
+                store(acc, acc[at] + self.x[(*self.lead, row + i64(r), k)] * decoded[v], at)

@@ -18,6 +18,19 @@ from porter.run.host import HostRunner
 
 BOUNDS = {"batch": 4, "sequence": 8, "past": 64}
 CAPACITY = 200  # larger than anything else in the model, so that what has its size is a cache
+# Every way to store a weight: packed bytes, zero points, two levels of scales, micro-exponents, blocks.
+FORMATS = (
+    "int3-g10",
+    "uint4-g32",
+    "mxfp4",
+    "mxfp6-e2m3",
+    "nvfp4",
+    "mx9",
+    "mx6",
+    "mxint8",
+    "fp8-e3m4-b16",
+    "bf16",
+)
 PASSES = {
     "concatenated": "",
     "static": f"kv.static_cache{{capacity={CAPACITY}}}",
@@ -26,6 +39,7 @@ PASSES = {
     "int8 weights": f"quantize.rtn{{format=int8}},kv.static_cache{{capacity={CAPACITY}}}",
     "int4 weights": f"quantize.rtn{{format=int4-g32}},kv.static_cache{{capacity={CAPACITY}}},kv.quantize",
     "fp8 weights": "quantize.rtn{format=fp8-e4m3fn}",
+    **{f"{f} weights": f"quantize.rtn{{format={f} skip=}}" for f in FORMATS},
 }
 
 

@@ -1,9 +1,9 @@
 """The names that check.support goes by are the importer's."""
 
 from porter.lower import supported, tvm_setup  # noqa: F401  (before anything of TVM)
+from porter.lower.importer.constants import CODEC_OF
 from porter.lower.importer.linear import FLOAT_CODECS
 from porter.lower.importer.program import DTYPES
-from porter.lower.importer.quantized import CODEC_OF
 from porter.lower.importer.table import TABLES
 
 

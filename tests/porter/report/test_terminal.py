@@ -10,6 +10,7 @@ from porter.drift.measures import Drift
 from porter.report.report import DriftReport
 from porter.report.terminal import show
 from porter.report.words import amount, clean, title, value
+from porter.weights.select import Kept
 
 
 def shown(report, width=80):
@@ -59,6 +60,18 @@ def test_broken_outputs_without_a_budget(make_report):
 def test_no_budget_is_no_praise(make_report):
     assert "No budget was given" in shown(make_report(budget={}))
     assert "Drift was not measured" in shown(DriftReport({"name": "m"}, "host", "", {}, {}))
+
+
+def test_weights_that_stay_floats_are_named(make_report):
+    kept = [
+        Kept(("embedding", "head"), 1, 131072, "fp32"),
+        Kept(("mlp",), 4, 2 << 20, "fp32"),
+        Kept(("attention",), 2, 1 << 10, "bf16"),
+    ]
+    text = "embedding, lm head (1 weight, 128 KiB), mlp (4 weights, 2 MiB) kept in fp32; "
+    text += "attention (2 weights, 1 KiB) kept in bf16"
+    assert text in " ".join(shown(make_report(kept=kept)).split())
+    assert "kept in" not in shown(make_report())
 
 
 def test_feeds_that_mean_little_are_named(make_report):
@@ -121,3 +134,13 @@ def test_a_comparison_names_both_models() -> None:
         model={"name": "b", "reference": "a"}, target="", pipeline="", feeds={}, drift={"total": Drift()}
     )
     assert title(report) == "b against a"
+
+
+def test_calibration_is_said(make_report):
+    fed = {"kind": "random", "source": "uniform\x1b[2J", "sequences": 4, "tokens": 77}
+    text = " ".join(shown(make_report(calibration=fed)).split())
+    assert (
+        "calibrated on random tokens, which say little about real use (uniform\\x1b[2J): 4 sequences, 77"
+        in text
+    )
+    assert "calibrated" not in shown(make_report())

@@ -523,6 +523,8 @@ def _covered() -> set[str]:
         "TensorScatter",
         "QuantizeLinear",
         "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "MatMulInteger",
         "Shape",
         "Size",
         "Reshape",

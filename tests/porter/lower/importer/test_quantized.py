@@ -9,6 +9,7 @@ import pytest
 from lowering import compiled, imported, model, reference, with_weights
 
 from porter.errors import TargetError
+from porter.formats.elements import ELEMENTS
 
 N, K = 37, 50  # neither a multiple of the packing, K no multiple of a group
 TYPES = {
@@ -119,26 +120,112 @@ def test_a_tied_table_of_floats_is_stored_once() -> None:
     assert run({"x": np.array([[3]])})[0].shape == (1, 1, N)
 
 
-REFUSED = {
-    "scales along the rows' codes": ("PORT-0417", "float[50] scale", "axis=1", "int8[37,50] q", ""),
-    "blocks of rows": ("PORT-0417", "float[2,50] scale", "axis=0, block_size=32", "int8[37,50] q", ""),
-    "odd blocks of pairs": ("PORT-0417", "float[37,10] scale", "axis=1, block_size=5", "int4[37,50] q", ""),
-    "unsigned codes": ("PORT-0413", "float scale", "axis=0", "uint8[37,50] q", ""),
-    "a zero point": ("PORT-0416", "float scale", "axis=0", "int8[37,50] q", "int8 zero"),
+ODD = {
+    "scales along the rows' codes": ("float[50] scale", "axis=1", "int8[37,50] q", ""),
+    "blocks of rows": ("float[2,50] scale", "axis=0, block_size=32", "int8[37,50] q", ""),
+    "odd blocks of pairs": ("float[37,10] scale", "axis=1, block_size=5", "int4[37,50] q", ""),
+    "unsigned codes": ("float scale", "axis=0", "uint8[37,50] q", ""),
+    "a zero point": ("float scale", "axis=0", "int8[37,50] q", "int8 zero"),
+    "a zero point a row": ("float[37] scale", "axis=0", "uint8[37,50] q", "uint8[37] zero"),
+    "zero points of nibbles": (
+        "float[37,4] scale",
+        "axis=1, block_size=16",
+        "uint4[37,50] q",
+        "uint4[37,4] zero",
+    ),
+    "zero points of blocks of rows": (
+        "float[3,50] scale",
+        "axis=0, block_size=16",
+        "uint8[37,50] q",
+        "uint8[3,50] zero",
+    ),
+    "two bits": ("float[37,4] scale", "axis=1, block_size=16", "uint2[37,50] q", "uint2[37,4] zero"),
+    "16 bits": ("float scale", "axis=0", "int16[37,50] q", ""),
 }
 
 
-@pytest.mark.parametrize(("code", "scale", "attributes", "q", "zero"), REFUSED.values(), ids=REFUSED)
-def test_refused(code: str, scale: str, attributes: str, q: str, zero: str) -> None:
-    inputs = ", ".join(v for v in ("float[b,50] x", q, scale, zero) if v)
-    dequantize = f"DequantizeLinear<{attributes}>(q, scale{', zero' if zero else ''})"
-    text = f"g ({inputs}) => (float y) {{ w = {dequantize} t = Transpose<perm=[1,0]>(w) y = MatMul(x, t) }}"
-    source = model(text)
-    shapes = {v.name: tuple(v.shape) for v in source.graph.inputs if v.name != "x"}
-    dtypes = {v.name: v.dtype.numpy() for v in source.graph.inputs}
-    arrays = {n: np.ones(shape, np.int8).astype(dtypes[n]) for n, shape in shapes.items()}
+@pytest.mark.parametrize("used", ["rows", "columns"])
+@pytest.mark.parametrize(("scale", "attributes", "q", "zero"), ODD.values(), ids=ODD)
+def test_scales_and_zero_points_of_any_shape(
+    scale: str, attributes: str, q: str, zero: str, used: str
+) -> None:
+    """x Wᵀ and x W: once the scales run along what is summed, once across it."""
+    inputs = ", ".join(v for v in (q, scale, zero) if v)
+    dequantize = f"w = DequantizeLinear<{attributes}>(q, scale{', zero' if zero else ''})"
+    if used == "rows":
+        width, body = 50, "t = Transpose<perm=[1,0]>(w) y = MatMul(x, t)"
+    else:
+        width, body = 37, "y = MatMul(x, w)"
+    source = model(f"g (float[b,{width}] x, {inputs}) => (float y) {{ {dequantize} {body} }}", 25)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for value in [v for v in source.graph.inputs if v.name != "x"]:
+        shape, kind = tuple(value.shape), value.dtype.numpy()
+        if value.name == "scale":
+            arrays["scale"] = np.asarray(rng.random(shape) + 0.5, np.float32)
+        else:
+            top = {2: 4, 4: 16, 8: 256, 16: 65536}[value.dtype.bitwidth]
+            low = -top // 2 if value.dtype.is_signed() else 0
+            arrays[value.name] = np.asarray(rng.integers(low, low + top, shape)).astype(kind)
+    source = with_weights(source, **arrays)
+    run, theirs = compiled(source), reference(source)
+    x = rng.standard_normal((3, 50 if used == "rows" else 37)).astype(np.float32)
+    (got,), (wanted,) = run({"x": x}), theirs({"x": x})
+    nodes = list(source.graph)
+    source.graph.outputs[:] = [nodes[0].outputs[0]]
+    source.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    w = np.abs(reference(source)({"x": x})[0]).astype(np.float64)
+    # Both round the same weights, and then K products and sums each.
+    bound = 2 * (x.shape[1] + 1) * 2.0**-24 * (np.abs(x) @ (w.T if used == "rows" else w))
+    assert np.all(np.abs(got - wanted) <= bound)
+    codes_stored = run.imported.parameters[0]
+    assert codes_stored.dtype == (q.split("[")[0] if "8" in q or "16" in q else "uint8")
+
+
+def test_a_quantized_constant_that_no_kernel_reads_is_widened() -> None:
+    text = """g (float[b,50] x, int8[50] q, float s, uint4[3,50] p, float[3,2] t, uint4[3,2] z)
+      => (float y, float u) {
+      w = DequantizeLinear(q, s) y = Add(x, w)
+      v = DequantizeLinear<axis=1, block_size=32>(p, t, z) u = Mul(v, w) }"""
+    rng = np.random.default_rng(0)
+    source = with_weights(
+        model(text),
+        q=codes("int8", (50,), rng),
+        s=np.float32(0.3),
+        p=rng.integers(0, 16, (3, 50)).astype(ml_dtypes.uint4),
+        t=rng.random((3, 2)).astype(np.float32),
+        z=rng.integers(0, 16, (3, 2)).astype(ml_dtypes.uint4),
+    )
+    feeds = {"x": rng.standard_normal((2, 50)).astype(np.float32)}
+    for got, wanted in zip(compiled(source)(feeds), reference(source)(feeds), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+REFUSED = {
+    "bytes that are computed": (
+        "PORT-0421",
+        "(uint8[3,2] p) => (float y) { y = porter.DecodeE2M1<length=4>(p) }",
+    ),
+    "floats in blocks": (
+        "PORT-0421",
+        "(float[3,4] x, float[3,2] s) => (float y) { y = porter.ScaleBlocks<block=2>(x, s) }",
+    ),
+    "nibbles at run time": (
+        "PORT-0416",
+        "(float[b,4] x, float s) => (uint4 y) { y = QuantizeLinear<output_dtype=21>(x, s) }",
+    ),
+    "an 8-bit float as a tensor": (
+        "PORT-0413",
+        "(float[b,4] x, float s) => (float8e4m3fn y) { y = QuantizeLinear<output_dtype=17>(x, s) }",
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "text"), REFUSED.values(), ids=REFUSED)
+def test_refused(code: str, text: str) -> None:
+    source = model(f"g {text}")
     with pytest.raises(TargetError) as caught:
-        imported(with_weights(source, **arrays))
+        imported(source)
     assert caught.value.code == code
     assert caught.value.where
 
@@ -197,9 +284,36 @@ def test_quantize_at_run_time(scale: str, attributes: str, shape: tuple[int, ...
         np.testing.assert_array_equal(got, wanted)
 
 
-def test_other_types_are_not_made_at_run_time() -> None:
-    with pytest.raises(TargetError, match=r"PORT-0416.*uint8"):
-        imported(model("g (float[b,4] x, float s) => (uint8 y) { y = QuantizeLinear(x, s) }"))
+@pytest.mark.parametrize("kind", ["uint8", "int8", "int16", "uint16"])
+def test_quantize_with_a_zero_point(kind: str) -> None:
+    text = f"""g (float[b,6] x, float s, {kind} z) => ({kind} q, float y) {{
+      q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }}"""
+    info = np.iinfo(kind)
+    rng = np.random.default_rng(0)
+    s = np.array(0.37, np.float32)
+    x = (rng.integers(info.min * 2, info.max * 2, (50, 6)) / 2 * s).astype(np.float32)
+    source, z = model(text), np.array(info.min + 100, kind)
+    feeds = {"x": x, "s": s, "z": z}
+    run = compiled(source, {"b": 50})
+    for got, wanted in zip(run(feeds), reference(source)(feeds), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"), [("e4m3fn", 17), ("e4m3fnuz", 18), ("e5m2", 19), ("e5m2fnuz", 20)]
+)
+def test_quantize_to_an_8_bit_float_and_back(kind: str, number: int) -> None:
+    text = f"""g (float[n,6] x, float[n,1] s) => (float y) {{
+      q = QuantizeLinear<axis=1, block_size=6, output_dtype={number}>(x, s)
+      y = DequantizeLinear<axis=1, block_size=6>(q, s) }}"""
+    form = ELEMENTS[kind]
+    finite = np.sort(form.values[np.isfinite(form.values)])
+    ties = (finite[1:] + finite[:-1]) / np.float32(2)
+    x = np.resize(np.concatenate([ties, finite * 2]), (90, 6)).astype(np.float32)
+    s = np.exp2(np.random.default_rng(0).integers(-3, 4, (90, 1))).astype(np.float32)  # the ties stay ties
+    source = model(text)
+    (got,) = compiled(source, {"n": 90})({"x": x * s, "s": s})
+    np.testing.assert_array_equal(got, form.decode(form.encode(x)) * s)
 
 
 def test_int4_is_packed_and_unpacked_exactly() -> None:

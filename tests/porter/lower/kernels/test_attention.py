@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from kernels import UNIT, built
 
+from porter.formats.packing import pack
 from porter.lower.kernels.attention import LOWEST, Attention, Cache, attention
-from porter.lower.kernels.codecs import pack_pairs
 
 BATCH, STEPS, LENGTH = 3, 5, 21  # a length that is no multiple of the kernel's tile
 
@@ -68,7 +68,7 @@ def stored(
     top = 127 if cache.codec == "int8" else 7
     codes = rng.integers(-top - 1, top + 1, shape).astype(np.int8)
     scales = (rng.random((*shape[:-1], 1)) / top).astype(np.float32)
-    packed = pack_pairs(codes, 3) if cache.codec == "int4" else codes
+    packed = pack(codes, 4) if cache.codec == "int4" else codes
     return [packed, scales], codes.astype(np.float64) * scales
 
 

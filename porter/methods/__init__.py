@@ -1,0 +1,1 @@
+"""How a matrix's codes and scales are chosen: one method a file, in numpy, knowing no graph."""
