@@ -73,7 +73,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     step they happen in, and leave nothing behind either.
     """
     started = time.perf_counter()
-    limit = memory.parse(options.max_memory) if options.max_memory else 0
+    limit = memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
     bundle.remove_stale(out.absolute())
@@ -86,9 +86,8 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             graph.check_finite(model)
             _copy_tokenizer(source, folder)
             progress("feeds", 0.0)
-            if not plan.piece:
-                reference.runner  # noqa: B018 (a model that cannot be run is refused before any work)
             feeds = feeds or feeds_for(reference, options.data, options.seed)
+            reference.runner  # noqa: B018 (a model that cannot be run is refused before any work)
             calibrated = calibration(pipeline, reference, options.calibration, options.seed, feeds)
             if reference.whole:
                 reference.close()
@@ -103,8 +102,9 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             lowered = _lower(_standard(model), spec, folder, ported, progress)
             progress("measure", 0.0)
             ports = _ports(model, ported, reference, folder, plan)
-            reference = _in_folder(reference, folder)
-            drift = measure(reference, ports, feeds, lambda f: progress("measure", f), folder)
+            drift = measure(
+                _in_folder(reference, folder), ports, feeds, lambda f: progress("measure", f), folder
+            )
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)

@@ -29,7 +29,9 @@ mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 def parse(text: str) -> int:
-    """Bytes of `4GiB`, `500MB`, `1.5 GiB`. Raises OptionError PORT-0904."""
+    """Bytes of `4GiB`, `500MB`, `1.5 GiB`; nothing is 0, no limit. Raises OptionError PORT-0904."""
+    if not text:
+        return 0
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.IGNORECASE)
     unit = UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or not float(match[1]):

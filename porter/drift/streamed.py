@@ -56,7 +56,7 @@ class Streamed:
 
 
 class Interface:
-    """A model that is too large to be opened: its inputs and outputs, and a refusal to run. Implements Runner."""
+    """A Runner of a model that is too large to be opened: it has inputs and outputs, and refuses to run."""
 
     def __init__(self, model: ir.Model) -> None:
         self.inputs = {v.name: spec(v) for v in model.graph.inputs if not v.is_initializer()}

@@ -36,7 +36,7 @@ def candidates(form: Format, values: np.ndarray, factor: np.float32 | None = Non
     `factor`: NVFP4's, where the values are a part of the matrix.
     """
     if form.micro:
-        return _micro(form, values)
+        return RULES[form.rule](form, values)
     high, low = (f(values, form.group, form.rows) for f in (blocks.largest, blocks.smallest))
     return of_extremes(form, high, low, factor)
 
@@ -122,11 +122,12 @@ def _micro(form: Format, values: np.ndarray) -> list[Scales]:
     return [Scales(scales, shifts=(pairs < per_pair).astype(np.uint8))]
 
 
-RULES: dict[str, Callable[[Format, np.ndarray, np.ndarray, np.float32 | None], list[Scales]]] = {
+RULES: dict[str, Callable[..., list[Scales]]] = {
     "symmetric": _symmetric,
     "competing": _competing,
     "asymmetric": _asymmetric,
     "mx": _mx,
     "nvfp4": _two_level,
+    "micro": _micro,
 }
-"""How scales are chosen, by `Format.rule`; `micro` looks at pairs as well."""
+"""How scales are chosen, by `Format.rule`: from each group's extremes; `micro`, from the values."""
