@@ -92,8 +92,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             if reference.whole:
                 reference.close()
             progress("passes", 0.0)
-            context = Context(spec, calibrated.feeds, options.seed)
-            steps = run_passes(pipeline, model, context, progress)
+            steps = run_passes(pipeline, model, Context(spec, calibrated.feeds, options.seed), progress)
             ported = decoder.recognise(model)
             kept = _kept(model, pipeline)
             progress("save", 0.0)
@@ -124,9 +123,13 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 versions=facts["versions"],
             )
             _write_reports(report, folder)
-            if not report.ok and not options.keep:
-                raise over_budget(report)
+            _hold_budget(report, options)
     return report
+
+
+def _hold_budget(report: DriftReport, options: Options) -> None:
+    if not report.ok and not options.keep:
+        raise over_budget(report)
 
 
 def _checked(progress: Progress, watch: memory.Watch) -> Progress:
