@@ -46,7 +46,7 @@ class Streamed:
     def whole(self, texts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """float32 [batch, n, vocabulary] for each int64 [batch, n]; all texts go through a piece together."""
         model = graph.load(self.path)
-        inputs = Interface(model).inputs
+        inputs = {v.name: spec(v) for v in model.graph.inputs if not v.is_initializer()}
         fed = [feeds(self.decoder, t, 0, empty_caches(self.decoder, inputs, len(t)), inputs) for t in texts]
         sweep = Sweep(model, fed, self.folder)
         for value in stops(model, self.piece):
@@ -60,7 +60,7 @@ class Interface:
 
     def __init__(self, model: ir.Model) -> None:
         self.inputs = {v.name: spec(v) for v in model.graph.inputs if not v.is_initializer()}
-        self.outputs = {v.name: spec(v) for v in model.graph.outputs}
+        self.outputs = {v.name: spec(v) for v in model.graph.outputs if v.shape is not None and v.dtype}
         self.in_place: dict[str, str] = {}
         self.bounds: dict[str, int] = {}
 

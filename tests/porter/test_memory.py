@@ -103,7 +103,7 @@ def test_whole_models_are_opened_where_there_is_room() -> None:
 
 def test_a_limit_that_is_too_small_says_what_would_do() -> None:
     with pytest.raises(
-        EnvironmentFailure, match=r"PORT-0905: the stage measure would take .* allows 900 MiB"
+        EnvironmentFailure, match=r"PORT-0905: the stage lower would take .* allows 900 MiB"
     ) as caught:
         needs.plan(sizes(), 900 << 20)
     least = max(needs.stages(sizes(), needs.PIECES[0]).values())
