@@ -41,9 +41,6 @@ Calibration = Annotated[
     ),
 ]
 Form = Annotated[str, typer.Option(help="Quantized weights in model.onnx: onnx, or contrib (com.microsoft).")]
-Capacity = Annotated[
-    int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
-]
 DecodeSteps = Annotated[
     int,
     typer.Option(
@@ -52,9 +49,18 @@ DecodeSteps = Annotated[
         "measured (0: 16; as many as the context: all).",
     ),
 ]
+Target = Annotated[str, typer.Option(help="A target's name (porter targets) or the path of its .toml.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 Budget = Annotated[
     str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when it is exceeded.")
+]
+
+
+CacheTokens = Annotated[
+    int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
+]
+MaxMemory = Annotated[
+    str, typer.Option(help="Memory that it may take, as 4GiB; refused at once when that is too little.")
 ]
 
 
@@ -137,9 +143,7 @@ def export(
 def convert(
     model: Annotated[Path, typer.Argument(help="An ONNX file.")],
     output: Out,
-    target: Annotated[
-        str, typer.Option(help="A target's name (porter targets) or the path of its .toml.")
-    ] = "host",
+    target: Target = "host",
     weights: Annotated[str, typer.Option(help="Weight format, as int4-g32.")] = "",
     method: Annotated[
         str, typer.Option(help="How weights are cast to it: a pass quantize.METHOD. Default: rtn.")
@@ -151,10 +155,11 @@ def convert(
     budget: Budget = "",
     data: Data = "",
     seed: Seed = 0,
-    context: Capacity = 0,
+    context: CacheTokens = 0,
     decode: DecodeSteps = 0,
     calibration: Calibration = "",
     keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")] = False,
+    max_memory: MaxMemory = "",
     json_: Json = False,
 ) -> None:
     """Port a model to a target: a bundle, and a report of how far its output drifted."""
@@ -177,6 +182,7 @@ def convert(
             context=context,
             decode=decode,
             keep=keep,
+            max_memory=max_memory,
             calibration=calibration,
             repeat=_command(),
             progress=stages.update,

@@ -30,10 +30,8 @@ from porter.run.protocol import Runner
 from porter.run.reference import ReferenceRunner
 
 ROWS = 8  # texts side by side at most
-STEPS = 4  # single tokens before each context length, each a query of every head
-MEMORY = (
-    256 << 20
-)  # bytes of exact keys, values and logits; fewer texts run side by side where they would need more
+STEPS = 4  # single tokens before each context length, each a query of every head, unless said otherwise
+MEMORY = 64 << 20  # bytes of exact keys, values and logits: as many texts run side by side as fit
 
 Progress = Callable[[float], None]
 
@@ -57,11 +55,17 @@ class Head:
 
 
 def heads(
-    model: ir.Model, decoder: Decoder, port: Runner, feeds: TokenFeeds, progress: Progress = lambda f: None
+    model: ir.Model,
+    decoder: Decoder,
+    port: Runner,
+    feeds: TokenFeeds,
+    steps: int = STEPS,
+    progress: Progress = lambda f: None,
 ) -> list[Head]:
     """Measure every head of every Attention over a cache; `port` is `model` lowered, `decoder` its interface.
 
-    Lengths are those of CONTEXTS that a text reaches, else the longest text. `model` gets more outputs. A
+    Lengths are those of CONTEXTS that a text reaches, else the longest text; `steps` tokens before each are
+    queries. `model` gets more outputs. A
     layer that attends otherwise than by Attention is left out. Memory: the exact keys and values of all
     layers for the texts side by side, and one layer's decoded cache.
     """
@@ -78,7 +82,7 @@ def heads(
     tokens = padded([w.tokens[:-1] for w in texts])[0]
     exact, lowered = (Decode(r, decoder, len(texts)) for r in (recorder, port))
     sums = {(layer.index, n): _Sum() for n in lengths for layer in layers}
-    for part in schedule(lengths[-1], singles(lengths, STEPS)):
+    for part in schedule(lengths[-1], singles(lengths, steps)):
         piece = tokens[:, part.start : part.stop]
         exact.step(piece)
         lowered.step(piece)
