@@ -134,9 +134,8 @@ def compare(
     pairs = {name: (REFERENCE, name) for name in candidates} | dict(also or {})
     makers = {REFERENCE: reference, **candidates}
     sums = {name: Accumulator() for name in pairs}
-    windows = cut(feeds, window)
+    windows, count = cut(feeds, window), 0
     groups = [(g, _parts(g, prefill, decode_steps, at)) for g in _groups(windows, batch)]
-    count = 0
 
     def run(turn: list[_Group], name: str) -> Iterator[tuple[_Place, np.ndarray]]:
         nonlocal count
@@ -154,8 +153,8 @@ def compare(
     for turn in _turns(groups, positions):
         _in_turn(list(makers), pairs, partial(run, turn), add, folder, done)
     steps = [_decoded(w, parts) for group, parts in groups for w in group]
-    wanted = max(steps) if at else decode_steps
-    return {n: _comparison(s, len(feeds.sequences), steps, wanted, bool(at)) for n, s in sums.items()}
+    asked = (max(steps) if at else decode_steps, bool(at))
+    return {name: _comparison(s, len(feeds.sequences), steps, *asked) for name, s in sums.items()}
 
 
 def encode(
