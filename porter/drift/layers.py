@@ -98,7 +98,7 @@ _STORING = ("Cast", "Clip", "QuantizeLinear", "PackInt4")
 
 def _layer(model: ir.Model, node: ir.Node, places: _Places, moving: set[ir.Value]) -> Layer | None:
     """The Attention as a Layer; None when it reads no cache, one whose floats are not found, or one that is
-    read through a node with a graph of its own."""
+    read through a node with a graph of its own; and where its mask is not computed."""
     near = _nearest(node.inputs[1], places)
     if near is None:
         return None
@@ -109,9 +109,10 @@ def _layer(model: ir.Model, node: ir.Node, places: _Places, moving: set[ir.Value
     if None in new.values():
         return None
     nodes, inputs, weights = _between(node.inputs[1:3], set(mine), moving)
-    if any(v.type is None for v in inputs) or any(map(_has_graph, nodes)):
-        return None
     mask = node.inputs[3] if len(node.inputs) > 3 else None
+    fixed = mask is not None and mask.producer() is None
+    if fixed or any(v.type is None for v in inputs) or any(map(_has_graph, nodes)):
+        return None
     scale = node.attributes.get_float("scale", 0.0)
     return Layer(
         index=index,

@@ -81,6 +81,42 @@ def test_figures_are_those_of_the_definition(tiny: Callable[..., ir.Model], sche
         assert all(h.tv > 10 * ROUNDING for h in rows)  # so the bound is not the figure
 
 
+def test_a_mask_holds_for_both(tiny: Callable[..., ir.Model]) -> None:
+    """Every third token is hidden: as if a text had only the others, and no token weighs more than before."""
+    model = quantized(tiny, "int4")
+    node = next(n for n in model.graph if n.op_type == "Attention")
+    count = next(n for n in model.graph if n.op_type == "Shape").outputs[0]
+    hidden = np.where(np.arange(160) % 3 == 1, -np.inf, 0).astype(np.float32)
+    tensors = [np.array([1, 1]), np.array([160]), hidden]
+    nodes = [ir.node("Constant", [], {"value": ir.tensor(t)}) for t in tensors]
+    ones, capacity, row = (n.outputs[0] for n in nodes)
+    nodes.append(ir.node("Concat", [ones, count, capacity], {"axis": 0}))
+    nodes.append(ir.node("Expand", [row, nodes[-1].outputs[0]]))
+    for i, made in enumerate(nodes):
+        made.outputs[0].name = f"mask{i}"
+    model.graph.insert_before(node, nodes)
+    node.replace_input_with(3, nodes[-1].outputs[0])
+    feeds = texts(70)
+    q, k, v = (
+        projected(model, feeds.sequences[0][:-1], f"w{n}", c)
+        for n, c in zip("qkv", (HEADS, 1, 1), strict=True)
+    )
+    cache = kv.Cache(kv.parse("int4"), SIZE, KV_HEADS, 160)
+    cache.append(k[None], v[None])
+    tv = []
+    for end in range(61, 65):
+        seen = [i for i in range(end) if i % 3 != 1]
+        row = q[:, end - 1 : end]
+        a, b = (
+            kv.attend(k[:, seen], v[:, seen], row),
+            kv.attend(cache.keys(0)[:, seen], cache.values(0)[:, seen], row),
+        )
+        tv.append(np.abs(a.weights - b.weights).sum(axis=-1)[:, 0] / 2)
+    np.testing.assert_allclose(
+        [h.tv for h in measured(model, feeds)], np.mean(tv, axis=0), rtol=0, atol=ROUNDING
+    )
+
+
 def test_a_cache_of_floats_changes_nothing(tiny: Callable[..., ir.Model]) -> None:
     for head in measured(tiny(capacity=160), texts(70)):
         assert (head.logit_max, head.tv) == (0, 0)
