@@ -32,12 +32,13 @@ LOGIT_BYTES = (
     256 << 20
 )  # of one model's longest step; fewer windows run side by side where they would need more
 LENGTH = 129  # tokens of a text that the model writes itself: 64 prefilled, 64 decoded through the cache
+STEPS = 64  # tokens of a window that are decoded one at a time
+FEW_STEPS = 4  # where memory does not hold the weights: each step reads all of them from the disk
 TEXTS = 8
 RANDOM = "random"
 WORK = 150e9  # weights times steps that a model may write texts with: a step reads every weight from memory
 SHORTEST = 17  # tokens of a text, however large the model
 SPOOLED = 4 << 30  # bytes of logits that wait in a file for the models that come after
-STEPPED = 30e6  # weights up to which ONNX Runtime steps through the cache; a larger model sees whole texts
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ def measure(
         return encode(reference.encode, encoders, feeds, **common)
     makers = {name: r.maker for name, r in candidates.items()}
     positions = max(1, SPOOLED // (4 * reference.vocabulary))
-    return compare(reference.maker, makers, feeds, positions=positions, **common)
+    steps = FEW_STEPS if reference.streamed else STEPS
+    return compare(reference.maker, makers, feeds, decode_steps=steps, positions=positions, **common)
 
 
 def side_by_side(feeds: TokenFeeds, window: int | None, vocabulary: int) -> int:
