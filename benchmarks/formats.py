@@ -9,6 +9,7 @@ excerpt, every token of them. Methods that look at activations see text that the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -18,6 +19,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from multiprocessing import get_context
 from pathlib import Path
+
+from porter import formats
+from porter.formats import Format
 
 STORIES = 25
 MODELS = ("babyllama-char-1m", "stories260k")
@@ -59,7 +63,6 @@ def reads(method: str, weights: str) -> bool:
 
 def measure(row: Row, source: Path, stories: Path) -> dict[str, object]:
     """Convert and read the report."""
-    from porter import formats
     from porter.convert import Options, convert
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -74,10 +77,17 @@ def measure(row: Row, source: Path, stories: Path) -> dict[str, object]:
         "weights": row.weights,
         "method": row.method,
         "activations": row.activations,
-        "bits": formats.parse(row.weights).bits_per_weight(*SHAPES[row.model]),
+        "bits": stored(row).bits_per_weight(*SHAPES[row.model]),
         "bytes": size,
         **{key: drift[key] for key in ("ppl", "kl_mean", "kl_p999", "top1", "tokens")},
     }
+
+
+def stored(row: Row) -> Format:
+    """The format as the method stores it: HQQ and k-quants give unsigned codes a float32 zero point."""
+    form = formats.parse(row.weights)
+    real = form.zero and row.method in ("hqq", "kquant")
+    return dataclasses.replace(form, zero="real") if real else form
 
 
 SHAPES = {"babyllama-char-1m": (352, 128), "stories260k": (172, 64)}  # of gate and up, most of the weights

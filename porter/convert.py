@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 MAX_BATCH = 8  # rows that one step may have; memory is planned for them
 MAX_STEP = 512  # tokens that one step may feed; longer prompts are fed in pieces
 MAX_CONTEXT = 4096  # cached tokens, where the model allows more and --context does not ask for it
+# Methods that are two: what makes the weights easy to cast, and what casts them.
+PREPARED = {"smoothquant": ("quantize.smoothquant,", "rtn")}
 # Passes that a form of quantized weights adds at the end.
 FORMS = {"onnx": "", "contrib": ",quantize.contrib"}
 
@@ -151,7 +153,7 @@ def _evidence(
 
     Raises EnvironmentFailure PORT-0905 when that is more than the limit.
     """
-    whole = graph.float_count(model) > measuring.STEPPED
+    whole = graph.float_count(model) > needs.STEPPED
     reference = Runnable.of_onnx(source, model, whole=whole)
     given = options.data and options.data != measuring.RANDOM
     feeds = feeds_for(reference, options.data, options.seed) if given else None
@@ -182,7 +184,12 @@ def _ports(
     }
     return {
         "passes": Runnable.over(
-            "passes", lambda: ReferenceRunner(path), ported, model, reference.words, **way
+            "passes",
+            lambda: ReferenceRunner(path, briefly=reference.whole),
+            ported,
+            model,
+            reference.words,
+            **way,
         ),
         "total": Runnable.over("total", lambda: _host(folder), ported, model, reference.words),
     }
@@ -217,14 +224,15 @@ def _weights_text(spec: TargetSpec, options: Options) -> str:
         raise _not_offered(spec, "weights", options.weights, spec.weights)
     if options.method:
         methods = [m for m in registry.builtin() if m.startswith("quantize.") and casts_weights(m)]
-        known = [m.removeprefix("quantize.") for m in methods]
+        known = [*(m.removeprefix("quantize.") for m in methods), *PREPARED]
         if method not in known:
             what = f"there is no method {method!r}"
             raise OptionError("PORT-0258", what, where="--method", hint=f"methods: {', '.join(known)}")
         if name == "fp32":
             what = "--method says how weights are cast, and nothing says to which format"
             raise OptionError("PORT-0258", what, hint="give --weights FORMAT too, as int4-g32")
-    texts = [f"quantize.{method}{{format={name}}}"] if name != "fp32" else []
+    before, method = PREPARED.get(method, ("", method))
+    texts = [f"{before}quantize.{method}{{format={name}}}"] if name != "fp32" else []
     if options.activations not in ("", "fp32"):
         wanted = spec.flavour(options.activations)
         if wanted not in spec.activations:

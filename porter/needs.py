@@ -20,7 +20,10 @@ from porter.graph.saving import AHEAD_BYTES
 
 BASE = 320 << 20  # Python, ONNX Runtime, TVM and its compiler, and all that does not grow with the model
 NODE = 24 << 10  # bytes that a node takes in the importer and the compiler
-OPEN = 1.1  # ONNX Runtime keeps its own copy of every weight, laid out for its kernels
+OPEN = 1.3  # ONNX Runtime keeps its own copy of every weight, laid out for its kernels
+DECODED = 2.2  # and may decode and turn all weights of a model before it uses the first
+FOLDED = 15  # when it is to step, it does so once, and keeps all that lies between packed bytes and floats
+STEPPED = 30e6  # weights up to which ONNX Runtime steps through the cache; a larger model sees whole texts
 PIECE = 2.6  # of a piece's weights, or of one weight larger than a piece: read, laid out anew, and decoded
 SHARE = 0.6  # of the memory that is free, what a conversion without a limit takes before it streams
 PIECES = 64 << 20, 512 << 20  # the smallest and the largest piece, in bytes of float32
@@ -115,6 +118,7 @@ def stages(s: Sizes, piece: int) -> dict[str, int]:
     """Bytes that each stage takes at its peak."""
     compiler = NODE * s.nodes
     reference = int(PIECE * max(piece, s.largest)) if piece else int(OPEN * s.weights)
+    port = reference if piece else int((DECODED if s.weights > 4 * STEPPED else FOLDED) * s.weights)
     found = {
         "load": BASE + compiler,
         "feeds": BASE + compiler + (0 if piece else reference + s.activations),
@@ -122,7 +126,7 @@ def stages(s: Sizes, piece: int) -> dict[str, int]:
         # the largest weight turned, its codes, and those packed, and what waits to be written
         "save": BASE + compiler + s.largest + s.largest // 2 + AHEAD_BYTES // 2,
         "lower": BASE + 3 * compiler + 3 * s.largest,  # a weight laid out anew, and copied on the way
-        "measure": BASE + compiler + reference + 2 * s.answers + s.activations,
+        "measure": BASE + compiler + port + 2 * s.answers + s.activations,
     }
     return {name: int(size) for name, size in found.items()}
 

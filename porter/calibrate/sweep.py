@@ -43,10 +43,14 @@ class Sweep:
     feed, and MEMORY bytes of the frontier besides small arrays; the rest of the frontier lies in nameless
     files in `folder` (None: where temporary files go).
 
+    `briefly` is that of `ReferenceRunner`, for few feeds.
     Raises OptionError PORT-0290 without feeds, PORT-0293 when a feed lacks an input.
     """
 
-    def __init__(self, model: ir.Model, feeds: Sequence[Feeds], folder: Path | None = None) -> None:
+    def __init__(
+        self, model: ir.Model, feeds: Sequence[Feeds], folder: Path | None = None, *, briefly: bool = False
+    ) -> None:
+        self._briefly = briefly
         if not feeds:
             raise OptionError("PORT-0290", "there is nothing to calibrate on", hint="give --calibration FILE")
         self._inputs = {v for v in model.graph.inputs if not v.is_initializer()}
@@ -147,7 +151,8 @@ class Sweep:
             value.type = original.type or ir.TensorType(ir.DataType.from_numpy(array.dtype))
             value.shape = ir.Shape([None] * array.ndim)  # sizes may differ from feed to feed
         functions = list(model.functions.values())
-        return ReferenceRunner(ir.Model(apart, ir_version=model.ir_version, functions=functions))
+        whole = ir.Model(apart, ir_version=model.ir_version, functions=functions)
+        return ReferenceRunner(whole, briefly=self._briefly)
 
     def _fed(self, piece: _Piece, feed: int) -> Feeds:
         return {v.name: self._array(v, feed) for v in piece.inputs}

@@ -33,13 +33,14 @@ LOGIT_BYTES = (
 )  # of one model's longest step; fewer windows run side by side where they would need more
 LENGTH = 129  # tokens of a text that the model writes itself: 64 prefilled, 64 decoded through the cache
 FULL = 513  # tokens of one that is to fill a cache: each length up to 512 is then met
+STEPS = 64  # tokens of a window that are decoded one at a time
+FEW_STEPS = 4  # where memory does not hold the weights: each step reads all of them from the disk
 TEXTS = 8
 SINGLE = 16  # tokens before each context length that go through a quantized cache one at a time
 RANDOM = "random"
 WORK = 150e9  # weights times steps that a model may write texts with: a step reads every weight from memory
 SHORTEST = 17  # tokens of a text, however large the model
 SPOOLED = 4 << 30  # bytes of logits that wait in a file for the models that come after
-STEPPED = 30e6  # weights up to which ONNX Runtime steps through the cache; a larger model sees whole texts
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def measure(
         return encode(reference.encode, encoders, feeds, **common)
     makers = {name: r.maker for name, r in candidates.items()}
     positions = max(1, SPOOLED // (4 * reference.vocabulary))
-    schedule = {"decode_steps": single, "at": CONTEXTS} if single else {}
+    steps = FEW_STEPS if reference.streamed else single or STEPS
+    schedule = {"decode_steps": steps, "at": CONTEXTS if single else ()}
     return compare(reference.maker, makers, feeds, positions=positions, **common, **schedule)
 
 

@@ -48,7 +48,7 @@ class Streamed:
         model = graph.load(self.path)
         inputs = {v.name: spec(v) for v in model.graph.inputs if not v.is_initializer()}
         fed = [feeds(self.decoder, t, 0, empty_caches(self.decoder, inputs, len(t)), inputs) for t in texts]
-        sweep = Sweep(model, fed, self.folder)
+        sweep = Sweep(model, fed, self.folder, briefly=True)
         for value in stops(model, self.piece):
             sweep.advance(value)
         logits = next(v for v in model.graph.outputs if v.name == self.decoder.output)

@@ -42,9 +42,12 @@ class ReferenceRunner:
     DequantizeLinear and MatMul into kernels that round the activations to int8. Threads come from
     PORTER_THREADS, else TVM_NUM_THREADS, else ONNX Runtime decides. Raises what `graph.load` does, and
     ModelError PORT-0143 when the model does not run at all.
+
+    `briefly`: it will run a few times. Weights are then decoded in each run, instead of when it is opened,
+    where ONNX Runtime would keep all that lies between a packed weight and its floats.
     """
 
-    def __init__(self, model: str | os.PathLike | ir.Model) -> None:
+    def __init__(self, model: str | os.PathLike | ir.Model, *, briefly: bool = False) -> None:
         self.in_place: Mapping[str, str] = {}
         self.bounds: Mapping[str, int] = {}
         self.engine = "onnxruntime"
@@ -52,14 +55,17 @@ class ReferenceRunner:
             with tempfile.TemporaryDirectory(prefix="porter-") as folder:
                 path = Path(folder) / "model.onnx"
                 graph.save(model, path)
-                self._open(path, model)
+                self._open(path, model, briefly)
         else:
-            self._open(Path(model), graph.load(model))
+            self._open(Path(model), graph.load(model), briefly)
 
-    def _open(self, path: Path, model: ir.Model) -> None:
-        options = _options()
+    def _open(self, path: Path, model: ir.Model, briefly: bool) -> None:
+        options, left_out = _options(), ["ConstantFolding"] if briefly else []
+        options.enable_cpu_mem_arena = not briefly  # an arena keeps what one weight took for the next
         try:
-            self._session: Any = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._session: Any = ort.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out
+            )
             found = self._session.get_inputs(), self._session.get_outputs()
             self.inputs, self.outputs = ({a.name: _spec(a) for a in args} for args in found)
         except ort.capi.onnxruntime_pybind11_state.NotImplemented:

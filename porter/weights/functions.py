@@ -27,8 +27,40 @@ from porter.formats.integers import Integer
 
 DOMAIN = "porter"
 
+# A byte is a code.
+_DECODE_BYTES = """<domain: "porter", opset_import: ["" : {opset}]> {name} <length> (packed) => (values)
+{{
+    codes = Cast<to = 6>(packed)
+    table = Constant<value = float[{base}] {{{table}}}>()
+    values = Gather(table, codes)
+}}"""
+
+# A byte is two codes, the first in its low half. They stay bytes as long as they can: a runtime folds all
+# this when it loads a model, and keeps what lies between.
+_DECODE_NIBBLES = """<domain: "porter", opset_import: ["" : {opset}]> {name} <length> (packed) => (values)
+{{
+    zero = Constant<value_ints = [0]>()
+    last = Constant<value_ints = [-1]>()
+    all = Constant<value_int: int = @length>()
+    end = Reshape(all, last)
+    lead = Shape<end = -1>(packed)
+    four = Constant<value = uint8 {{4}}>()
+    fifteen = Constant<value = uint8 {{15}}>()
+    low = BitwiseAnd(packed, fifteen)
+    high = BitShift<direction = "RIGHT">(packed, four)
+    low_apart = Unsqueeze(low, last)
+    high_apart = Unsqueeze(high, last)
+    pairs = Concat<axis = -1>(low_apart, high_apart)
+    row = Concat<axis = 0>(lead, last)
+    flat = Reshape(pairs, row)
+    halves = Slice(flat, zero, end, last)
+    codes = Cast<to = 6>(halves)
+    table = Constant<value = float[{base}] {{{table}}}>()
+    values = Gather(table, codes)
+}}"""
+
 # A word is as many bytes as hold whole codes (3 of 8 codes of 3 bits); the codes are its digits in base 2^b.
-_DECODE = """<domain: "porter", opset_import: ["" : {opset}]> {name} <length> (packed) => (values)
+_DECODE_WORDS = """<domain: "porter", opset_import: ["" : {opset}]> {name} <length> (packed) => (values)
 {{
     zero = Constant<value_ints = [0]>()
     last = Constant<value_ints = [-1]>()
@@ -44,13 +76,13 @@ _DECODE = """<domain: "porter", opset_import: ["" : {opset}]> {name} <length> (p
     padded = Pad(packed, pads, nothing, last)
     apart = Concat<axis = 0>(lead, last, bytes)
     grouped = Reshape(padded, apart)
-    wide = Cast<to = 7>(grouped)
-    places = Constant<value = int64[{bytes}] {{{places}}}>()
+    wide = Cast<to = {word}>(grouped)
+    places = Constant<value = {integer}[{bytes}] {{{places}}}>()
     placed = Mul(wide, places)
     words = ReduceSum<keepdims = 1>(placed, last)
-    divisors = Constant<value = int64[{count}] {{{divisors}}}>()
+    divisors = Constant<value = {integer}[{count}] {{{divisors}}}>()
     shifted = Div(words, divisors)
-    base = Constant<value = int64 {{{base}}}>()
+    base = Constant<value = {integer} {{{base}}}>()
     digits = Mod(shifted, base)
     row = Concat<axis = 0>(lead, last)
     flat = Reshape(digits, row)
@@ -134,8 +166,11 @@ def values(element: str, bits: int) -> np.ndarray:
 
 def _decoder_text(name: str, table: np.ndarray, bits: int, opset: int) -> str:
     size = math.lcm(bits, 8) // 8
-    return _DECODE.format(
+    body = {8: _DECODE_BYTES, 4: _DECODE_NIBBLES}.get(bits, _DECODE_WORDS)
+    return body.format(
         name=name,
+        word=int(ir.DataType.INT32 if size < 4 else ir.DataType.INT64),
+        integer="int32" if size < 4 else "int64",
         opset=opset,
         bytes=size,
         places=", ".join(str(256**i) for i in range(size)),

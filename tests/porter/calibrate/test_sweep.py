@@ -283,9 +283,9 @@ def test_every_node_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
     class Counting(ReferenceRunner):
-        def __init__(self, piece: ir.Model) -> None:
+        def __init__(self, piece: ir.Model, *, briefly: bool = False) -> None:
             ran.extend(n.outputs[0].name for n in piece.graph)
-            super().__init__(piece)
+            super().__init__(piece, briefly=briefly)
 
     monkeypatch.setattr(sweep, "ReferenceRunner", Counting)
     sweep_ = Sweep(model, fed_with(model, 61))
