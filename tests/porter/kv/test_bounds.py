@@ -106,6 +106,22 @@ def test_a_cache_can_be_almost_as_bad_as_its_bound(delta):
     assert found[:, 2].min() > 0.97 * worst * (1 - own) / (1 + own / 2 / np.tanh(delta / 2))
 
 
+def test_a_value_may_be_longer_than_what_is_read_of_it():
+    """Exact weights are on a token whose value is rounded from length 4.1 to 1, the cache's on another."""
+    size, step, delta = 64, 2.0**-4, 4.0
+    keys = np.full((1, 2, size), 0.4999 * step, np.float32)
+    keys[0, 1] *= -1
+    keys[0, :, 0] = -127 * step, 127 * step
+    values = np.zeros((1, 2, size), np.float32)
+    values[0, 0] = 0.4999
+    values[0, 0, 0] = 1
+    queries = np.full((1, 1, size), delta / (63 * step / 2), np.float32)
+    queries[0, 0, 0] = delta / (254 * step)
+    found = ratios("certified value=int2", keys, values, queries, scale=1.0)
+    assert found.max() <= 1
+    assert found[:, 2].min() > 0.35  # without the term of the length it would be 2
+
+
 def test_searching_for_a_worse_cache_does_not_break_the_bound():
     """Climb from random caches towards the worst ratio of output error to bound."""
     rng = np.random.default_rng(0)

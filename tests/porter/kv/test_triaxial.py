@@ -44,6 +44,15 @@ def test_a_budget_is_met_to_the_token(size, capacity, budget):
     assert found.share == 1 or spent + each > budget
 
 
+def test_every_number_of_tokens_is_a_share():
+    """49 * (1 / 49) is less than 1 in floats, which must not lose a token."""
+    scheme = parse("triaxial recent=0")
+    least = bytes_of(parse("triaxial recent=0 share=0"), 64, 1, 49)
+    for more in range(50):
+        found = within(scheme, 64, 1, 49, least + more * 2 * 16)
+        assert bytes_of(found, 64, 1, 49) == least + more * 2 * 16
+
+
 def test_tokens_that_are_attended_gain_the_most():
     rng = np.random.default_rng(0)
     tags = np.repeat([0, 1, 3], 20)
