@@ -38,7 +38,7 @@ APPEND, READ = "AppendCache_", "ReadCache_"
 class Cached:
     """One coded side, `key` or `value`, of a layer's cache: H heads of `size` channels, C tokens.
 
-    Raises PassError PORT-0273 for what is not to be had in a graph.
+    Raises PassError PORT-0274 for what is not to be had in a graph.
     """
 
     scheme: Scheme
@@ -55,7 +55,7 @@ class Cached:
             ("bf16" in wide, "ONNX Runtime takes no bf16 tensors, so windows and copies are fp16 or fp32"),
         ):
             if wrong:
-                raise PassError("PORT-0273", what, where=text_of(self.scheme), hint="see docs/errors")
+                raise PassError("PORT-0274", what, where=text_of(self.scheme), hint="see docs/errors")
 
     @property
     def side(self) -> Side:

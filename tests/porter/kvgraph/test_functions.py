@@ -89,9 +89,7 @@ class Graph:
         self.state = {n.removeprefix("present"): a for n, a in out.items()}
 
 
-def compare(
-    scheme_text: str, size: int, splits: list[list[int]], side: str, seed: int = 0, **made: object
-) -> None:
+def compare(text: str, size: int, splits: list[list[int]], side: str, **made: object) -> None:
     """Append `splits[i]` tokens of row i, one array at a time; rows are stepped together where they can."""
     scheme, random = names.parse(text), np.random.default_rng(0)
     cached = Cached(scheme, side, HEADS, size, CAPACITY)
@@ -228,10 +226,10 @@ def test_residual():
     "text", ["triaxial", "key=int8 value=int8 recent=4 high=bf16", "key=int8 value=int8 copy=bf16"]
 )
 def test_what_a_graph_cannot_hold_is_refused(text):
-    with pytest.raises(PassError, match="PORT-0273"):
+    with pytest.raises(PassError, match="PORT-0274"):
         Cached(names.parse(text), "key", HEADS, 8, 512)
 
 
 def test_the_copy_is_the_tokens_themselves():
     compare("key=int8 value=int4-g4 copy=fp32", 8, SPLITS, "value")
-    compare("key=int8 value=int4-g4 copy=fp16 recent=4", 8, SPLITS, "key")
+    compare("key=int8-g5 value=int4 copy=fp16", 8, SPLITS, "key")
