@@ -116,4 +116,4 @@ class QuantizeCache(Pass):
 
 def _bytes(value: ir.Value) -> int:
     """Of a batch of 1."""
-    return math.prod(list(value.shape)[1:]) * value.dtype.itemsize
+    return math.prod(list(value.shape)[1:]) * value.dtype.numpy().itemsize
