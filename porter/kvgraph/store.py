@@ -25,7 +25,9 @@ def check(layer: Layer, name: str, scheme: Scheme) -> None:
         what = "ONNX Runtime takes no bf16 tensors, so what is kept is fp16 or fp32"
         raise PassError("PORT-0274", what, where=past.name, hint="take high=fp16")
     if scheme.copy:
-        what = "a bound on each step's error, and computing it again from a copy, are not available in a graph"
+        what = (
+            "a bound on each step's error, and computing it again from a copy, are not available in a graph"
+        )
         raise PassError("PORT-0274", what, where=past.name, hint="take int8, or key=int8 value=int4-g32")
     if side.coded:
         buffers = _cached(scatter, name, scheme).buffers
