@@ -123,14 +123,16 @@ def _named_caches(inputs: Mapping[str, ir.Value], outputs: Mapping[str, ir.Value
     return [CacheTensor(name, present[place], *place) for place, name in past.items()]
 
 
+def place(name: str) -> tuple[int, str] | None:
+    """The layer and kind that a cache's name says, or None."""
+    match = _LAYER_FIRST.fullmatch(name) or _KIND_FIRST.fullmatch(name)
+    if match is None:
+        return None
+    return int(match["layer"]), _KINDS.get(match["kind"], match["kind"]) + (match["rest"] or "")
+
+
 def _by_place(names: Mapping[str, ir.Value]) -> dict[tuple[int, str], str]:
-    found: dict[tuple[int, str], str] = {}
-    for name in names:
-        match = _LAYER_FIRST.fullmatch(name) or _KIND_FIRST.fullmatch(name)
-        if match:
-            kind = _KINDS.get(match["kind"], match["kind"]) + (match["rest"] or "")
-            found[int(match["layer"]), kind] = name
-    return found
+    return {found: name for name in names if (found := place(name))}
 
 
 def _find_tokens(inputs: Mapping[str, ir.Value], spent: set[str]) -> str:

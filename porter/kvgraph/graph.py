@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from porter.decoder import place
 from porter.errors import PassError
 
 DONE = "porter.kv"  # the metadata entry of a model whose cache was rewritten: its scheme
@@ -60,6 +61,19 @@ def _is_cache(node: ir.Node) -> bool:
     whole = past.shape is not None and len(past.shape) == 4 and present.is_graph_output()
     readers = [(n.domain, n.op_type) for n, _ in present.uses()]
     return whole and readers == [("", "Attention")] and past.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
+
+def name_caches(graph: ir.Graph, found: list[Layer]) -> None:
+    """Give the caches their usual names where their own do not say layer and side: buffers are named after
+    them, and found by that. Raises PassError PORT-0262 when such a name is taken."""
+    ends = [(i, s, layer.scatter(s)) for i, layer in enumerate(found) for s in ("key", "value")]
+    if all(place(n.inputs[0].name) and place(n.inputs[0].name) == place(n.outputs[0].name) for *_, n in ends):
+        return
+    names = [(f"past_key_values.{i}.{s}", f"present.{i}.{s}") for i, s, _ in ends]
+    own = {v.name for *_, n in ends for v in (n.inputs[0], n.outputs[0])}
+    check_names(graph, [name for pair in names for name in pair if name not in own])
+    for (*_, node), (past, present) in zip(ends, names, strict=True):
+        node.inputs[0].name, node.outputs[0].name = past, present
 
 
 def check_names(graph: ir.Graph, names: list[str]) -> None:

@@ -180,6 +180,22 @@ def test_the_metadata_is_what_the_buffers_cost(text, keep):
     assert {c.layer for c in known.caches} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("text", ["int8", "kivi2 recent=4 key=uint2-g4-tokens-fp16"])
+def test_caches_whose_names_say_nothing_get_the_usual_ones(text):
+    """Names of another exporter: what belongs together is found by the Attention that reads it."""
+    model = decoders.tiny_decoder(**GQA)
+    for values, letter in ((model.graph.inputs, "i"), (model.graph.outputs, "o")):
+        for i, value in enumerate(values):
+            if value.name.startswith(("past", "present")):
+                value.name = f"{letter}{i}"
+    StaticCache(capacity=CAPACITY).run(model, Context())
+    head, *words = text.split()
+    Pipeline.parse(f"kv.quantize{{{' '.join([f'scheme={head}', *words])}}}").run(model, Context())
+    known, usual = decoder.recognise(model), decoder.recognise(made(text, **GQA))
+    assert known.caches == usual.caches
+    assert (known.capacity, known.others) == (CAPACITY, ())
+
+
 def test_a_cache_that_is_all_window_is_the_floats_themselves():
     """Nothing is ever old enough to be rounded: fp16 keys and values, and no codes at all."""
     model = made("int4 recent=40 high=fp32", **GQA)
