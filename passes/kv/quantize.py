@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
+from porter.passes.kv.static_cache import why_not
 
 from porter.context import Context
 from porter.errors import PassError
@@ -90,8 +91,11 @@ class QuantizeCache(Pass):
             return 0
         found, scheme = layers(model.graph), self.parsed()
         if not found:
-            what = "the model has no static key and value cache to quantize"
-            raise PassError("PORT-0263", what, hint="kv.static_cache must stand before, and find the cache")
+            what, declined = "the model has no static key and value cache to quantize", why_not(model)
+            hint = (
+                f"kv.static_cache declined: {declined}" if declined else "kv.static_cache must stand before"
+            )
+            raise PassError("PORT-0263", what, hint=hint)
         schemes = [scheme.layer(i, len(found)) for i in range(len(found))]
         for layer, each in zip(found, schemes, strict=True):
             for side in ("key", "value"):

@@ -38,7 +38,7 @@ def turn(layer: Layer, scheme: Scheme, constants: Constants) -> None:
 def _turn_input(node: ir.Node, index: int, rotation: np.ndarray | None, factor: np.ndarray | None) -> None:
     """Multiply an input [B,H,S,D] of a node by `factor` [H,D], and turn it by `rotation` [1 or H, D, D]."""
     x = node.inputs[index]
-    before = Before(node, f"{x.name}.{'query' if node.op_type == 'Attention' else 'cached'}")
+    before = Before(node, f"{node.outputs[0].name}.new")
     if rotation is None:
         scale = constant(node.graph, "normalizer", factor[:, None].astype(x.dtype.numpy()))
         turned = before.op("Mul", [x, scale], "normalized", x.dtype, x.shape)
@@ -59,6 +59,10 @@ def _turn_back(attention: ir.Node, rotation: np.ndarray) -> None:
     attention.graph.insert_after(attention, node)
     for reader, index in readers:
         reader.replace_input_with(index, back)
+    outputs = attention.graph.outputs
+    for i in [i for i, value in enumerate(outputs) if value is out]:
+        outputs[i] = back
+        back.name, out.name = out.name, f"{out.name}.turned"
 
 
 def _matrix(graph: ir.Graph, rotation: np.ndarray, like: ir.Value) -> ir.Value:

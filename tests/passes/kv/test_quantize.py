@@ -198,6 +198,18 @@ def test_a_model_without_a_static_cache_is_refused():
         QuantizeCache().run(decoders.tiny_decoder(), Context())
 
 
+def test_why_there_is_no_static_cache_is_said():
+    """A mask, as of sliding windows, keeps the cache from becoming static."""
+    model = decoders.tiny_decoder()
+    for node in [n for n in model.graph if n.op_type == "Attention"]:
+        mask = ir.Value(name=f"mask_{node.name}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1]))
+        model.graph.inputs.append(mask)
+        node.replace_input_with(3, mask)
+    assert StaticCache(capacity=CAPACITY).run(model, Context()) == 0
+    with pytest.raises(PassError, match=r"PORT-0263.*kv\.static_cache declined: Attention .*it has a mask"):
+        QuantizeCache("kivi2").run(model, Context())
+
+
 def test_a_name_that_is_taken_is_refused():
     model = decoders.tiny_decoder()
     StaticCache(capacity=CAPACITY).run(model, Context())
