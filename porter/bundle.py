@@ -113,7 +113,7 @@ def writing(out: Path) -> Iterator[Path]:
     _check_replaceable(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(out)
+        remove_stale(out)
         folder = out.parent / f".{out.name}.porter-{os.getpid()}"
         folder.mkdir()
     except OSError as error:
@@ -146,7 +146,7 @@ def _check_replaceable(out: Path) -> None:
             raise BundleError("PORT-0514", what, where=str(out), hint="choose another -o") from error
 
 
-def _remove_stale(out: Path) -> None:
+def remove_stale(out: Path) -> None:
     """Folders of conversions to `out` whose process is gone, and of a swap that was cut off."""
     for folder in out.parent.glob(f".{out.name}.porter-*"):
         pid = folder.name.rsplit("-", 1)[-1]

@@ -47,6 +47,14 @@ Budget = Annotated[
 ]
 
 
+CacheTokens = Annotated[
+    int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
+]
+MaxMemory = Annotated[
+    str, typer.Option(help="Memory that it may take, as 4GiB; refused at once when that is too little.")
+]
+
+
 class Interrupted(BaseException):
     """Ctrl-C or a request to end: unlike KeyboardInterrupt, no library on the way answers it for us."""
 
@@ -140,11 +148,10 @@ def convert(
     budget: Budget = "",
     data: Data = "",
     seed: Seed = 0,
-    context: Annotated[
-        int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
-    ] = 0,
+    context: CacheTokens = 0,
     calibration: Calibration = "",
     keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")] = False,
+    max_memory: MaxMemory = "",
     json_: Json = False,
 ) -> None:
     """Port a model to a target: a bundle, and a report of how far its output drifted."""
@@ -166,6 +173,7 @@ def convert(
             seed=seed,
             context=context,
             keep=keep,
+            max_memory=max_memory,
             calibration=calibration,
             repeat=_command(),
             progress=stages.update,

@@ -7,17 +7,20 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from porter import __version__, bundle, decoder, graph, kv, registry, target
+from porter import __version__, bundle, decoder, graph, kv, memory, needs, registry, target
 from porter.calibrate.feeds import calibration
 from porter.context import Context
 from porter.drift import budget as budgets
+from porter.drift import measure as measuring
+from porter.drift.feeds import TokenFeeds
 from porter.drift.measure import Runnable, feeds_for, measure, tokenizer_files
+from porter.drift.streamed import Interface, Streamed
 from porter.errors import DriftError, OptionError
 from porter.kvgraph.graph import BITS, BYTES, CAPACITY
 from porter.pipeline import Pipeline, Step
@@ -57,6 +60,7 @@ class Options:
     seed: int = 0
     context: int = 0
     keep: bool = False
+    max_memory: str = ""
     calibration: str = ""
     repeat: str = ""  # the command that does this again, for the report
     progress: Progress = field(default=lambda stage, fraction: None, compare=False)
@@ -69,50 +73,118 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     (unless `options.keep`); the error's `report` holds the figures. Other failures are PorterErrors of the
     step they happen in, and leave nothing behind either.
     """
-    started, progress = time.perf_counter(), options.progress
+    started = time.perf_counter()
+    limit = memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
-    with bundle.writing(out) as folder:
+    bundle.remove_stale(out.absolute())
+    with memory.Watch(limit) as watch:
+        progress = _checked(options.progress, watch)
         progress("load", 0.0)
         model = graph.load(source)
-        graph.check_finite(model)
-        _copy_tokenizer(source, folder)
-        progress("feeds", 0.0)
-        reference = Runnable.of(source)
-        feeds = feeds_for(reference, options.data, options.seed)
-        calibrated = calibration(pipeline, reference, options.calibration, options.seed, feeds)
-        progress("passes", 0.0)
-        context = Context(spec, calibrated.feeds, options.seed)
-        steps = run_passes(pipeline, model, context, progress)
-        ported = decoder.recognise(model)
-        kept = _kept(model, pipeline)
-        graph.save(model, folder / bundle.MODEL)
-        lowered = _lower(_standard(graph.load(folder / bundle.MODEL)), spec, folder, ported, progress)
-        progress("measure", 0.0)
-        runners = {"passes": ReferenceRunner(folder / bundle.MODEL), "total": _host(folder)}
-        ports = {n: Runnable.over(n, r, ported, model, reference.words) for n, r in runners.items()}
-        drift = measure(reference, ports, feeds, lambda f: progress("measure", f))
-        facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
-        bundle.write_manifest(folder, ported, facts)
-        report = DriftReport.of(
-            drift,
-            feeds.to_json(),
-            model=facts["source"],
-            target=spec.name,
-            pipeline=str(pipeline),
-            stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
-            kept=kept,
-            memory=_memory(source, lowered) | _cache(model),
-            seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
-            budget=allowed,
-            calibration=calibrated.facts,
-            repeat=options.repeat,
-            versions=facts["versions"],
-        )
-        _write_reports(report, folder)
-        if not report.ok and not options.keep:
-            raise over_budget(report)
+        reference, feeds, plan = _evidence(source, model, options, limit)
+        with bundle.writing(out) as folder:
+            graph.check_finite(model)
+            _copy_tokenizer(source, folder)
+            progress("feeds", 0.0)
+            feeds = feeds or feeds_for(reference, options.data, options.seed)
+            reference.runner  # noqa: B018 (a model that cannot be run is refused before any work)
+            calibrated = calibration(pipeline, reference, options.calibration, options.seed, feeds)
+            if reference.whole:
+                reference.close()
+            progress("passes", 0.0)
+            steps = run_passes(pipeline, model, Context(spec, calibrated.feeds, options.seed), progress)
+            ported = decoder.recognise(model)
+            kept = _kept(model, pipeline)
+            progress("save", 0.0)
+            graph.save(model, folder / bundle.MODEL)
+            model = graph.load(folder / bundle.MODEL)
+            lowered = _lower(_standard(model), spec, folder, ported, progress)
+            progress("measure", 0.0)
+            ports = _ports(model, ported, reference, folder, plan)
+            drift = measure(
+                _in_folder(reference, folder), ports, feeds, lambda f: progress("measure", f), folder
+            )
+            facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
+            bundle.write_manifest(folder, ported, facts)
+            progress("measure", 1.0)
+            report = DriftReport.of(
+                drift,
+                feeds.to_json(),
+                model=facts["source"],
+                target=spec.name,
+                pipeline=str(pipeline),
+                stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
+                kept=kept,
+                memory=_memory(source, lowered, plan, watch) | _cache(model),
+                seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
+                budget=allowed,
+                calibration=calibrated.facts,
+                repeat=options.repeat,
+                versions=facts["versions"],
+            )
+            _write_reports(report, folder)
+            _hold_budget(report, options)
     return report
+
+
+def _hold_budget(report: DriftReport, options: Options) -> None:
+    if not report.ok and not options.keep:
+        raise over_budget(report)
+
+
+def _checked(progress: Progress, watch: memory.Watch) -> Progress:
+    """The progress that is told, of stages whose memory is watched."""
+
+    def told(stage: str, fraction: float) -> None:
+        watch.enter(stage)
+        progress(stage, fraction)
+
+    return told
+
+
+def _evidence(
+    source: Path, model: ir.Model, options: Options, limit: int
+) -> tuple[Runnable, TokenFeeds | None, needs.Plan]:
+    """The reference, the user's feeds where there are any, and the memory that measuring on them will take.
+
+    Raises EnvironmentFailure PORT-0905 when that is more than the limit.
+    """
+    whole = graph.float_count(model) > measuring.STEPPED
+    reference = Runnable.of_onnx(source, model, whole=whole)
+    given = options.data and options.data != measuring.RANDOM
+    feeds = feeds_for(reference, options.data, options.seed) if given else None
+    longest = max(map(len, feeds.sequences)) if feeds else measuring.length_of(reference)
+    window = reference.decoder.context or longest
+    rows = measuring.side_by_side(feeds, window, reference.vocabulary) if feeds else measuring.TEXTS
+    sizes = needs.Sizes.of(model, reference.decoder, rows, min(longest, window), reference.vocabulary)
+    plan = needs.plan(sizes, limit)
+    if plan.piece:
+        streamed = Streamed(source, reference.decoder, plan.piece)
+        reference = replace(reference, streamed=streamed, open=lambda: Interface(model))
+    return reference, feeds, plan
+
+
+def _in_folder(model: Runnable, folder: Path) -> Runnable:
+    """The same; what it cannot keep in memory lies in `folder`."""
+    return replace(model, streamed=replace(model.streamed, folder=folder)) if model.streamed else model
+
+
+def _ports(
+    model: ir.Model, ported: decoder.Decoder, reference: Runnable, folder: Path, plan: needs.Plan
+) -> dict[str, Runnable]:
+    """The model after its passes, run as the reference is, and the lowered program."""
+    path = folder / bundle.MODEL
+    way = {
+        "whole": reference.whole,
+        "streamed": Streamed(path, ported, plan.piece, folder) if plan.piece else None,
+    }
+    return {
+        "passes": Runnable.over(
+            "passes", lambda: ReferenceRunner(path), ported, model, reference.words, **way
+        ),
+        "total": Runnable.over("total", lambda: _host(folder), ported, model, reference.words),
+    }
 
 
 def pipeline_text(spec: TargetSpec, options: Options) -> str:
@@ -249,8 +321,13 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / "tokenizer" / file.name)
 
 
-def _memory(source: Path, plan: Plan) -> dict[str, Figure]:
+def _memory(source: Path, plan: Plan, needed: needs.Plan, watch: memory.Watch) -> dict[str, Figure]:
+    limit = {"peak memory, limit": Figure(needed.limit, "bytes", "measured")} if needed.limit else {}
     return {
+        "peak memory": Figure(watch.peak.anonymous, "bytes", "measured"),  # what the kernel cannot drop
+        "peak memory, mapped files included": Figure(watch.peak.resident, "bytes", "measured"),
+        "peak memory, predicted": Figure(needed.peak, "bytes", "estimated"),
+        **limit,
         "weights of the source": Figure(graph.weight_bytes(graph.load(source)), "bytes", "measured"),
         "weights of the port": Figure(sum(w["bytes"] for w in plan.weights), "bytes", "measured"),
         "workspace": Figure(plan.workspace_bytes, "bytes", "estimated"),  # planned, for the largest step

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from porter import formats
 from porter.formats import Encoded, Format
 from porter.weights.base import WeightPass
 
@@ -28,5 +27,7 @@ class RoundToNearest(WeightPass):
     """Every weight to the nearest code (RTN)."""
 
     def encode(self, form: Format, values: np.ndarray, name: str) -> Encoded:
-        """`porter.formats.encode`."""
-        return formats.encode(form, values)
+        """`porter.formats.encode`, as kernels compute it."""
+        from porter.lower.casting import encode  # TVM takes a second to import
+
+        return encode(form, values)

@@ -1,14 +1,22 @@
-"""Run a reference and its candidates over the same texts in lockstep, and measure how far each drifted."""
+"""Run a reference and its candidates over the same texts, one model after the other, and measure the drift.
+
+What a model answered waits in a file for those that are compared with it, so two models need never be open at
+the same time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from porter.drift.feeds import Factory, Session, TokenFeeds
 from porter.drift.measures import Accumulator, Drift, Scores, log_softmax, score, score_hidden
+from porter.drift.record import Record
 from porter.errors import DriftError
 
 PREFILL, DECODE = 0, 1
@@ -16,7 +24,12 @@ PREFILL, DECODE = 0, 1
 CONTEXTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 REFERENCE = "reference"
 
+# Positions whose logits wait in a file at a time; with more, the models take turns.
+POSITIONS = 1 << 40
+
 Progress = Callable[[int, int], None]
+Done = Callable[[str], None]
+Step = TypeVar("Step")
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -66,9 +79,21 @@ class Window:
         return len(self.tokens) - 1
 
 
+@runtime_checkable
+class Whole(Protocol):
+    """A model that is run on whole texts, without a cache, many at once."""
+
+    def whole(self, texts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """float32 [batch, n, vocabulary] for each int64 [batch, n], in order."""
+        ...
+
+
+Maker = Factory | Whole
+
+
 def compare(
-    reference: Factory,
-    candidates: Mapping[str, Factory],
+    reference: Maker,
+    candidates: Mapping[str, Maker],
     feeds: TokenFeeds,
     *,
     prefill: int | None = None,
@@ -76,6 +101,9 @@ def compare(
     window: int | None = None,
     batch: int = 1,
     also: Mapping[str, tuple[str, str]] | None = None,
+    positions: int = POSITIONS,
+    folder: Path | None = None,
+    done: Done = lambda name: None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Comparison]:
     """Feed every text to all models, the true tokens each time, and compare logits position by position.
@@ -85,23 +113,40 @@ def compare(
     `decode_steps` single tokens through the cache, then what is left in one piece, which counts as prefill.
     `batch` windows of similar length run side by side; the shorter are padded at the end, where a causal
     model cannot look. `also` names more pairs (from, to) among "reference" and the candidates: {"lowering":
-    ("passes", "total")}. Only the logits of one step of each model are in memory at a time. `progress` gets
-    windows done and in all.
+    ("passes", "total")}.
+
+    The models take turns, the reference first; `done` is told the name of one that has had its turn. Logits
+    that another model is compared with wait in a nameless file in `folder`, those of `positions` at most:
+    with more, every model has several turns. A `Whole` model is run on whole windows instead, and its logits
+    are cut where the others' steps are: those of a causal model are the same either way, up to rounding.
+    `progress` gets windows done and in all, each counted once for every model.
 
     Raises DriftError PORT-0601 when logits do not fit together, PORT-0602 when the reference's are not
-    numbers.
+    numbers, EnvironmentFailure PORT-0901 when the disk is full.
     """
     pairs = {name: (REFERENCE, name) for name in candidates} | dict(also or {})
-    makers = {**candidates, REFERENCE: reference}
+    makers = {REFERENCE: reference, **candidates}
     sums = {name: Accumulator() for name in pairs}
     windows = cut(feeds, window)
-    done, steps = 0, []
-    for group in _groups(windows, batch):
-        parts = list(_schedule(group, prefill, decode_steps))
-        _run(group, parts, makers, pairs, sums)
-        steps += [_decoded(w, parts) for w in group]
-        done += len(group)
-        progress(done, len(windows))
+    groups = [(g, list(_schedule(g, prefill, decode_steps))) for g in _groups(windows, batch)]
+    count = 0
+
+    def run(turn: list[_Group], name: str) -> Iterator[tuple[_Place, np.ndarray]]:
+        nonlocal count
+        for place, logits in _logits(makers[name], turn):
+            if name == REFERENCE:
+                _check_reference(logits, *place)
+            yield place, logits
+            if place[1].stop == max(w.fed for w in place[0]):
+                count += len(place[0])
+                progress(count, len(windows) * len(makers))
+
+    def add(pair: str, a: np.ndarray, b: np.ndarray, place: _Place) -> None:
+        _add(sums[pair], a, b, *place)
+
+    for turn in _turns(groups, positions):
+        _in_turn(list(makers), pairs, partial(run, turn), add, folder, done)
+    steps = [_decoded(w, parts) for group, parts in groups for w in group]
     return {name: _comparison(s, len(feeds.sequences), steps, decode_steps) for name, s in sums.items()}
 
 
@@ -113,30 +158,63 @@ def encode(
     window: int | None = None,
     batch: int = 1,
     also: Mapping[str, tuple[str, str]] | None = None,
+    folder: Path | None = None,
+    done: Done = lambda name: None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Comparison]:
     """Compare encoders: each maps tokens and mask, int64 [batch, n], to hidden states [batch, n, width].
 
     Texts are cut at `window` tokens. Positions under the padding (mask 0) are not compared; with `batch` 1
-    there is none, and the mask may be ignored.
+    there is none, and the mask may be ignored. Models take turns as in `compare`.
     """
     pairs = {name: (REFERENCE, name) for name in candidates} | dict(also or {})
+    makers = {REFERENCE: reference, **candidates}
     sums = {name: Accumulator() for name in pairs}
     limit = window or max(len(t) for t in feeds.sequences)
     pieces = [
         Window(i, t[at : at + limit]) for i, t in enumerate(feeds.sequences) for at in range(0, len(t), limit)
     ]
-    done = 0
-    for group in _groups(pieces, batch):
-        tokens, mask = _padded([w.tokens for w in group])
-        hidden = {name: run(tokens, mask) for name, run in {REFERENCE: reference, **candidates}.items()}
-        for name, (a, b) in pairs.items():
-            for row, piece in enumerate(group):
-                keep = mask[row] > 0
-                sums[name].add(score_hidden(hidden[a][row][keep], hidden[b][row][keep]), piece.text)
-        done += len(group)
-        progress(done, len(pieces))
+    count = 0
+
+    def run(name: str) -> Iterator[tuple[list[Window], np.ndarray]]:
+        nonlocal count
+        for group in _groups(pieces, batch):
+            yield group, makers[name](*_padded([w.tokens for w in group]))
+            count += len(group)
+            progress(count, len(pieces) * len(makers))
+
+    def add(pair: str, a: np.ndarray, b: np.ndarray, group: list[Window]) -> None:
+        for row, piece in enumerate(group):
+            n = len(piece.tokens)
+            sums[pair].add(score_hidden(a[row, :n], b[row, :n]), piece.text)
+
+    _in_turn(list(makers), pairs, run, add, folder, done)
     return {name: Comparison(s.drift(), texts=len(feeds.sequences)) for name, s in sums.items()}
+
+
+def _in_turn(
+    order: Sequence[str],
+    pairs: Mapping[str, tuple[str, str]],
+    run: Callable[[str], Iterator[tuple[Step, np.ndarray]]],
+    add: Callable[[str, np.ndarray, np.ndarray, Step], None],
+    folder: Path | None,
+    done: Done,
+) -> None:
+    """Run the models in order, and `add` each pair's answers to a step when the later of the two runs."""
+    records: dict[str, Record] = {}
+    for i, name in enumerate(order):
+        earlier = {other for pair in pairs.values() for other in pair if name in pair and other in order[:i]}
+        if any(name in pair and set(pair) & set(order[i + 1 :]) for pair in pairs.values()):
+            records[name] = Record(folder)
+        kept = {other: iter(records[other]) for other in earlier}
+        for step, answer in run(name):
+            answers = {name: answer, **{other: next(arrays) for other, arrays in kept.items()}}
+            for pair, (a, b) in pairs.items():
+                if name in (a, b) and {a, b} <= answers.keys():
+                    add(pair, answers[a], answers[b], step)
+            if name in records:
+                records[name].append(answer)
+        done(name)
 
 
 def perplexity(
@@ -167,20 +245,37 @@ def perplexity(
     return Perplexity(float(np.exp(nll)) if nll < 709 else float("inf"), nll, count)
 
 
-def _run(
-    group: Sequence[Window],
-    parts: Sequence[Part],
-    makers: Mapping[str, Factory],
-    pairs: Mapping[str, tuple[str, str]],
-    sums: Mapping[str, Accumulator],
-) -> None:
-    """All steps of one group, in fresh sessions that are gone before the next group's are made."""
-    sessions = {name: make(len(group)) for name, make in makers.items()}
-    for part in parts:
-        logits = {name: _step(session, group, part) for name, session in sessions.items()}
-        _check_reference(logits[REFERENCE], group, part)
-        for name, (a, b) in pairs.items():
-            _add(sums[name], logits[a], logits[b], group, part)
+_Place = tuple[list["Window"], "Part"]
+_Group = tuple[list["Window"], list["Part"]]
+
+
+def _turns(groups: Sequence[_Group], positions: int) -> Iterator[list[_Group]]:
+    """Groups whose positions are no more than so many, or a single one."""
+    turn: list[_Group] = []
+    held = 0
+    for group, parts in groups:
+        size = len(group) * max(w.fed for w in group)
+        if turn and held + size > positions:
+            yield turn
+            turn, held = [], 0
+        turn.append((group, parts))
+        held += size
+    if turn:
+        yield turn
+
+
+def _logits(maker: Maker, turn: Sequence[_Group]) -> Iterator[tuple[_Place, np.ndarray]]:
+    """The logits of all steps in order; the sessions of one group are gone before the next group's are
+    made."""
+    if isinstance(maker, Whole):
+        texts = [_padded([w.tokens[:-1] for w in group])[0] for group, _ in turn]
+        for (group, parts), tokens, logits in zip(turn, texts, maker.whole(texts), strict=True):
+            _check_shape(logits, tokens)
+            yield from (((group, part), logits[:, part.start : part.stop]) for part in parts)
+        return
+    for group, parts in turn:
+        session = maker(len(group))
+        yield from (((group, part), _step(session, group, part)) for part in parts)
 
 
 def cut(feeds: TokenFeeds, window: int | None) -> list[Window]:
@@ -238,10 +333,14 @@ def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def _step(session: Session, group: Sequence[Window], part: Part) -> np.ndarray:
     tokens = _padded([w.tokens[:-1] for w in group])[0][:, part.start : part.stop]
     logits = np.asarray(session.step(tokens))
+    _check_shape(logits, tokens)
+    return logits
+
+
+def _check_shape(logits: np.ndarray, tokens: np.ndarray) -> None:
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         what = f"logits of shape {logits.shape} for tokens of shape {tokens.shape}"
         raise DriftError("PORT-0601", what, hint="the model must return logits for every position")
-    return logits
 
 
 def _rows(group: Sequence[Window], part: Part) -> Iterator[tuple[int, Window, int]]:

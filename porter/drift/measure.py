@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from porter import graph, tokenizer
 from porter.bundle import Bundle
 from porter.decoder import Decoder
 from porter.drift import feeds as feeding
-from porter.drift.compare import Comparison, compare, encode
+from porter.drift.compare import REFERENCE, Comparison, Maker, compare, encode
 from porter.drift.feeds import TokenFeeds
+from porter.drift.streamed import Forward, Streamed
 from porter.errors import OptionError
 from porter.run.decode import Decode
 from porter.run.feeds import feeds as step_feeds
@@ -32,38 +34,79 @@ LOGIT_BYTES = (
 LENGTH = 129  # tokens of a text that the model writes itself: 64 prefilled, 64 decoded through the cache
 TEXTS = 8
 RANDOM = "random"
+WORK = 150e9  # weights times steps that a model may write texts with: a step reads every weight from memory
+SHORTEST = 17  # tokens of a text, however large the model
+SPOOLED = 4 << 30  # bytes of logits that wait in a file for the models that come after
+STEPPED = 30e6  # weights up to which ONNX Runtime steps through the cache; a larger model sees whole texts
 
 
 @dataclass(frozen=True)
 class Runnable:
-    """A model that can be run: an ONNX file or a bundle. `vocabulary` is how many tokens it knows."""
+    """A model that can be run: an ONNX file or a bundle, opened when `runner` is asked for.
+
+    `vocabulary` is how many tokens it knows, `size` how many weights it has; `whole`: measured on whole texts
+    at once, not stepping through its cache; `streamed`: so, and a piece of the graph at a time.
+    """
 
     name: str
-    runner: Runner
+    open: Callable[[], Runner]
     decoder: Decoder
     vocabulary: int
     bos: int | None
     words: Tokenizer | None
+    size: int = 0
+    whole: bool = False
+    streamed: Streamed | None = None
+
+    @functools.cached_property
+    def runner(self) -> Runner:
+        """What runs it."""
+        return self.open()
+
+    def close(self) -> None:
+        """Let go of what runs it; it is opened again when it is needed again."""
+        self.__dict__.pop("runner", None)
+
+    @property
+    def maker(self) -> Maker:
+        """How it is measured."""
+        if self.streamed is not None:
+            return self.streamed
+        return Forward(self.session) if self.whole else self.session
 
     @classmethod
     def of(cls, path: Path) -> Runnable:
         """Open `path`: a folder is a bundle, anything else an ONNX file. Raises what opening them does."""
         if path.is_dir():
             bundle = Bundle.open(path)
-            model, runner, words = graph.load(bundle.model), bundle.runner(), bundle.tokenizer()
-            return cls.over(path.name, runner, bundle.decoder, model, words)
-        model = graph.load(path)
-        words = find_tokenizer(path)
-        return cls.over(path.name, ReferenceRunner(path), decoders.recognise(model), model, words)
+            model = graph.load(bundle.model)
+            found = cls.over(path.name, bundle.runner, bundle.decoder, model, bundle.tokenizer())
+        else:
+            found = cls.of_onnx(path, graph.load(path))
+        found.runner  # noqa: B018 (a model that cannot be run is refused here)
+        return found
+
+    @classmethod
+    def of_onnx(cls, path: Path, model: ir.Model, **way: object) -> Runnable:
+        """The ONNX file `path`, which was loaded as `model`; `way` is `whole` or `streamed`."""
+        decoder = decoders.recognise(model)
+        return cls.over(path.name, lambda: ReferenceRunner(path), decoder, model, find_tokenizer(path), **way)
 
     @classmethod
     def over(
-        cls, name: str, runner: Runner, decoder: Decoder, model: ir.Model, words: Tokenizer | None
+        cls,
+        name: str,
+        runner: Callable[[], Runner],
+        decoder: Decoder,
+        model: ir.Model,
+        words: Tokenizer | None,
+        **way: object,
     ) -> Runnable:
-        """A runner of `model`, which says what the runner's interface means."""
+        """What `runner` opens runs `model`, which says what the runner's interface means."""
         said = model.metadata_props.get("porter.bos", "")
         bos = int(said) if said.isdigit() else words.bos if words else None
-        return cls(name, runner, decoder, _vocabulary(model, decoder), bos, words)
+        size = graph.float_count(model)
+        return cls(name, runner, decoder, vocabulary(model, decoder), bos, words, size, **way)  # type: ignore[arg-type]
 
     def session(self, batch: int) -> Decode:
         """A decoding session."""
@@ -91,14 +134,15 @@ def tokenizer_files(model: Path) -> list[Path]:
 
 def feeds_for(model: Runnable, data: str, seed: int) -> TokenFeeds:
     """The user's text or tokens; else text that the model itself writes; random tokens when `data` is
-    "random".
+    "random", and for a model that is too large for memory to write.
 
     Raises OptionError PORT-0831 for an encoder without data (it cannot write), and what reading a file
     raises.
     """
-    length = min(LENGTH, model.decoder.context or LENGTH)
-    if data == RANDOM:
-        return feeding.random_tokens(model.vocabulary, count=TEXTS, length=length, seed=seed, bos=model.bos)
+    length, count = length_of(model), TEXTS
+    if data == RANDOM or (not data and model.streamed):
+        count = TEXTS if data else 2
+        return feeding.random_tokens(model.vocabulary, count=count, length=length, seed=seed, bos=model.bos)
     if data:
         return feeding.from_file(Path(data), model.words)
     if model.decoder.cache == "none":
@@ -106,14 +150,27 @@ def feeds_for(model: Runnable, data: str, seed: int) -> TokenFeeds:
                           hint="give --data FILE, or --data random")  # fmt: skip
     eos = model.decoder.eos
     return feeding.self_generated(
-        model.session, bos=model.bos or 0, length=length, count=TEXTS, seed=seed, eos=eos
+        model.session, bos=model.bos or 0, length=length, count=count, seed=seed, eos=eos
     )
 
 
+def length_of(model: Runnable) -> int:
+    """Tokens of a text that nobody gave: fewer of a large model, which takes long to write each."""
+    longest = min(LENGTH, model.decoder.context or LENGTH)
+    return min(longest, max(SHORTEST, int(WORK / max(1, model.size))))
+
+
 def measure(
-    reference: Runnable, candidates: Mapping[str, Runnable], feeds: TokenFeeds, progress: Fraction
+    reference: Runnable,
+    candidates: Mapping[str, Runnable],
+    feeds: TokenFeeds,
+    progress: Fraction,
+    folder: Path | None = None,
 ) -> dict[str, Comparison]:
-    """Compare candidates with the reference; given "passes" and "total", also those two, as "lowering"."""
+    """Compare candidates with the reference; given "passes" and "total", also those two, as "lowering".
+
+    The models are open one after the other. Logits of one that others are compared with wait in `folder`.
+    """
     feeds.check(reference.vocabulary)
     also = {"lowering": ("passes", "total")} if {"passes", "total"} <= candidates.keys() else {}
     everything = [reference, *candidates.values()]
@@ -122,24 +179,35 @@ def measure(
     def watch(done: int, total: int) -> None:
         progress(done / total)
 
-    batch = _side_by_side(feeds, window, reference.vocabulary)
+    def done(name: str) -> None:
+        (reference if name == REFERENCE else candidates[name]).close()
+
+    batch = side_by_side(feeds, window, reference.vocabulary)
+    common = {
+        "window": window,
+        "batch": batch,
+        "also": also,
+        "folder": folder,
+        "done": done,
+        "progress": watch,
+    }
     if reference.decoder.cache == "none":
         encoders = {name: r.encode for name, r in candidates.items()}
-        return encode(
-            reference.encode, encoders, feeds, window=window, batch=batch, also=also, progress=watch
-        )
-    sessions = {name: r.session for name, r in candidates.items()}
-    return compare(reference.session, sessions, feeds, window=window, batch=batch, also=also, progress=watch)
+        return encode(reference.encode, encoders, feeds, **common)
+    makers = {name: r.maker for name, r in candidates.items()}
+    positions = max(1, SPOOLED // (4 * reference.vocabulary))
+    return compare(reference.maker, makers, feeds, positions=positions, **common)
 
 
-def _side_by_side(feeds: TokenFeeds, window: int | None, vocabulary: int) -> int:
+def side_by_side(feeds: TokenFeeds, window: int | None, vocabulary: int) -> int:
     """How many windows run in one batch."""
     longest = max(len(tokens) for tokens in feeds.sequences)
     longest = min(longest, window or longest)
-    return max(1, min(BATCH, LOGIT_BYTES // (4 * longest * vocabulary)))
+    pieces = sum(-(-(len(tokens) - 1) // (window or len(tokens))) for tokens in feeds.sequences)
+    return max(1, min(BATCH, pieces, LOGIT_BYTES // (4 * longest * vocabulary)))
 
 
-def _vocabulary(model: ir.Model, decoder: Decoder) -> int:
+def vocabulary(model: ir.Model, decoder: Decoder) -> int:
     """How many tokens there are: the logits' last axis, or the rows of the table that tokens pick from."""
     if decoder.cache != "none":
         output = next(v for v in model.graph.outputs if v.name == decoder.output)

@@ -7,13 +7,37 @@ tensor as one row: pass it flattened. Three bits: byte 0 is `x0 | x1 << 3 | (x2 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+BLOCK = 1 << 18  # codes that are packed at a time: bits take a byte each on the way
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """int8 or uint8 [..., K], the low `bits` of each -> uint8 [..., ceil(K * bits / 8)]."""
-    apart = np.unpackbits(codes.view(np.uint8)[..., None], axis=-1, count=bits, bitorder="little")
-    return np.packbits(apart.reshape(*codes.shape[:-1], codes.shape[-1] * bits), axis=-1, bitorder="little")
+    *lead, count = codes.shape
+    packed = np.empty((*lead, -(-count * bits // 8)), np.uint8)
+    rows = codes.reshape(math.prod(lead), count).view(np.uint8)
+    into = packed.reshape(len(rows), packed.shape[-1])
+    if len(rows) == 1 and count % 8 == 0:  # whole bytes: a row may be cut as well
+        rows, into = rows.reshape(-1, 8), into.reshape(-1, bits)
+    step = max(1, BLOCK // max(1, rows.shape[1]))
+    for at in range(0, len(rows), step):
+        part = rows[at : at + step]
+        into[at : at + step] = _pairs(part) if bits == 4 and count % 2 == 0 else _bits(part, bits)
+    return packed
+
+
+def _pairs(codes: np.ndarray) -> np.ndarray:
+    """Two codes of four bits a byte, as `_bits` has it; several times faster."""
+    both = np.ascontiguousarray(codes).view("<u2")
+    return ((both & 15) | ((both >> 4) & 0xF0)).astype(np.uint8)
+
+
+def _bits(codes: np.ndarray, bits: int) -> np.ndarray:
+    apart = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+    return np.packbits(apart.reshape(len(codes), -1), axis=-1, bitorder="little")
 
 
 def unpack(packed: np.ndarray, bits: int, count: int, signed: bool = False) -> np.ndarray:

@@ -35,7 +35,17 @@ def candidates(form: Format, values: np.ndarray, factor: np.float32 | None = Non
 
     `factor`: NVFP4's, where the values are a part of the matrix.
     """
-    return RULES[form.rule](form, values, factor)
+    if form.micro:
+        return RULES[form.rule](form, values)
+    high, low = (f(values, form.group, form.rows) for f in (blocks.largest, blocks.smallest))
+    return of_extremes(form, high, low, factor)
+
+
+def of_extremes(
+    form: Format, high: np.ndarray, low: np.ndarray, factor: np.float32 | None = None
+) -> list[Scales]:
+    """The same, from the largest and the smallest value of each group [..., R, G]; not for MX9, MX6."""
+    return RULES[form.rule](form, high, low, factor)
 
 
 def stored(peak: np.ndarray, code: float, scale: str) -> np.ndarray:
@@ -52,31 +62,26 @@ def stored(peak: np.ndarray, code: float, scale: str) -> np.ndarray:
     return np.where(peak == 0, np.float32(1), bounded).astype(dtype)
 
 
-def _absmax(form: Format, values: np.ndarray) -> np.ndarray:
-    return blocks.absmax(values, form.group, form.rows)
+def _symmetric(form: Format, high: np.ndarray, low: np.ndarray, _: object) -> list[Scales]:
+    return [Scales(stored(np.maximum(high, -low), form.largest, form.scale))]
 
 
-def _symmetric(form: Format, values: np.ndarray, _: object) -> list[Scales]:
-    return [Scales(stored(_absmax(form, values), form.largest, form.scale))]
-
-
-def _competing(form: Format, values: np.ndarray, _: object) -> list[Scales]:
-    signed = blocks.signed_absmax(values, form.group, form.rows)
+def _competing(form: Format, high: np.ndarray, low: np.ndarray, _: object) -> list[Scales]:
+    signed = np.where(high >= -low, high, low)  # a tie is positive
     below = Scales(stored(signed, form.elements.smallest, form.scale))
-    return [*_symmetric(form, values, _), below]
+    return [*_symmetric(form, high, low, _), below]
 
 
-def _asymmetric(form: Format, values: np.ndarray, _: object) -> list[Scales]:
-    high = np.maximum(blocks.largest(values, form.group, form.rows), 0)
-    low = np.minimum(blocks.smallest(values, form.group, form.rows), 0)
+def _asymmetric(form: Format, high: np.ndarray, low: np.ndarray, _: object) -> list[Scales]:
+    high, low = np.maximum(high, 0), np.minimum(low, 0)
     with np.errstate(over="ignore"):  # a range beyond float32 becomes the largest scale, and saturates
         scales = stored(high - low, form.elements.largest, form.scale)
     return [Scales(scales, zeros=form.elements.encode(-low / scales.astype(np.float32)))]
 
 
-def _mx(form: Format, values: np.ndarray, _: object) -> list[Scales]:
+def _mx(form: Format, high: np.ndarray, low: np.ndarray, _: object) -> list[Scales]:
     fixed = np.float32(2.0**-form.fraction) if form.fraction else None
-    return [Scales(_power(_absmax(form, values), form.largest, form.mx), factor=fixed)]
+    return [Scales(_power(np.maximum(high, -low), form.largest, form.mx), factor=fixed)]
 
 
 def _power(peak: np.ndarray, largest: float, rounding: str) -> np.ndarray:
@@ -99,25 +104,25 @@ def whole_factor(form: Format, peak: float) -> np.float32:
     return np.float32(stored(np.float32(peak), largest, "fp32"))
 
 
-def _two_level(form: Format, values: np.ndarray, factor: np.float32 | None) -> list[Scales]:
+def _two_level(form: Format, high: np.ndarray, low: np.ndarray, factor: np.float32 | None) -> list[Scales]:
     """NVFP4: a scale that would round to nothing becomes the smallest that e4m3fn has."""
-    peak, inner = _absmax(form, values), ELEMENTS[form.scale]
+    peak, inner = np.maximum(high, -low), ELEMENTS[form.scale]
     factor = whole_factor(form, peak.max()) if factor is None else factor
     ratio = np.maximum(peak / np.float32(form.largest) / factor, inner.values[1])
     ratio = np.where(peak == 0, np.float32(1), ratio)
     return [Scales(inner.encode(ratio).view(SCALES[form.scale]), factor=factor)]
 
 
-def _micro(form: Format, values: np.ndarray, _: object) -> list[Scales]:
+def _micro(form: Format, values: np.ndarray) -> list[Scales]:
     """MX9, MX6: the group's exponent is its largest element's, whatever `mx` says; a pair's shift is 1 when
     both are smaller than it."""
-    scales = _power(_absmax(form, values), form.largest, "floor")
+    scales = _power(blocks.absmax(values, form.group), form.largest, "floor")
     pairs = blocks.absmax(values, form.micro)
     per_pair = blocks.spread(scales.astype(np.float32), pairs.shape[-1], form.group // form.micro)
     return [Scales(scales, shifts=(pairs < per_pair).astype(np.uint8))]
 
 
-RULES: dict[str, Callable[[Format, np.ndarray, np.float32 | None], list[Scales]]] = {
+RULES: dict[str, Callable[..., list[Scales]]] = {
     "symmetric": _symmetric,
     "competing": _competing,
     "asymmetric": _asymmetric,
@@ -125,4 +130,4 @@ RULES: dict[str, Callable[[Format, np.ndarray, np.float32 | None], list[Scales]]
     "nvfp4": _two_level,
     "micro": _micro,
 }
-"""How scales are chosen, by `Format.rule`."""
+"""How scales are chosen, by `Format.rule`: from each group's extremes; `micro`, from the values."""

@@ -30,6 +30,7 @@ __all__ = [
     "all_nodes",
     "check_finite",
     "digest",
+    "float_count",
     "load",
     "save",
     "sort",
@@ -132,3 +133,8 @@ def _chunks(tensor: ir.TensorProtocol) -> Iterator[tuple[int, np.ndarray]]:
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers as stored, a shared tensor counted once."""
     return sum(t.nbytes for t in weights(model) if t.dtype != ir.DataType.STRING)
+
+
+def float_count(model: ir.Model) -> int:
+    """Numbers in all initializers of floats, a shared tensor counted once."""
+    return sum(t.size for t in weights(model) if t.dtype.is_floating_point())

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from porter import memory
 from porter.errors import ModelError
 from porter.graph.untrusted import byte_count, shown
 
@@ -51,6 +52,7 @@ class MappedTensor(ir.ExternalTensor):
         return memoryview(self.raw)[self.offset : self.offset + self.length]
 
     def _load(self) -> None:
+        self.prefetch()
         flat = np.frombuffer(self.view(), np.uint8)
         if self.dtype.bitwidth < 8:
             self._array = ir.PackedTensor(flat, self.dtype, shape=self.shape).numpy()
@@ -66,16 +68,25 @@ class MappedTensor(ir.ExternalTensor):
         """Write the bytes in chunks; pages read for it leave memory again."""
         view = self.view()
         for start in range(0, self.length, CHUNK):
+            self.prefetch(start + CHUNK, start + 2 * CHUNK)
             file.write(view[start : start + CHUNK])
             self.forget(start, start + CHUNK)
 
+    def prefetch(self, start: int = 0, stop: int = CHUNK) -> None:
+        """Let the kernel begin to read the pages of bytes `start` to `stop`."""
+        self._advise("MADV_WILLNEED", start, stop)
+
     def forget(self, start: int, stop: int) -> None:
         """Let the kernel drop the pages of bytes `start` to `stop`; they are read again when needed."""
-        if not isinstance(self.raw, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        self._advise("MADV_DONTNEED", start, stop)
+
+    def _advise(self, what: str, start: int, stop: int) -> None:
+        if not isinstance(self.raw, mmap.mmap) or not hasattr(mmap, what):
             return
         first = (self.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
         length = min(self.offset + stop, self.offset + self.length) - first
-        self.raw.madvise(mmap.MADV_DONTNEED, first, length)
+        if length > 0:
+            self.raw.madvise(getattr(mmap, what), first, length)
 
     def release(self) -> None:
         """Forget the decoded array."""
@@ -169,10 +180,13 @@ def _map(folder: str, location: str, name: str) -> Mapping:
     with open_beneath(folder, location, name) as fd:
         size = os.fstat(fd).st_size
         try:
-            return mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else b""
+            mapping = mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else b""
         except OSError as error:  # every mapping holds a file descriptor
             what = f"cannot map the external data: {error.strerror}"
             raise ModelError("PORT-0112", what, where=shown(location)) from error
+    if size:
+        memory.mapped.add(mapping)
+    return mapping
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ import errno
 import logging
 import os
 import secrets
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +18,7 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from porter.errors import EnvironmentFailure, ModelError
+from porter.formats import packing
 from porter.graph import untrusted
 from porter.graph.mapped import MappedTensor, constants, initialized, pin, weights
 from porter.graph.untrusted import shown
@@ -29,11 +32,12 @@ ALIGNMENT = 64
 def save(model: ir.Model, path: str | os.PathLike, *, threshold: int = 1024) -> None:
     """Write `path` and, for initializers above `threshold` bytes, `<stem>.onnx.data` beside it.
 
-    The same model gives the same bytes: tensors lie in graph order at multiples of 64. One tensor at a time
-    is in memory. Both files are written under temporary names and renamed, data first; an interrupted save
-    leaves the old files. The model may be mapped from the very files that are replaced, and stays readable
-    afterwards. A data file that is no longer needed is left alone, because another model may use it. Raises
-    ModelError PORT-0128 when it cannot be written, EnvironmentFailure PORT-0901 when the disk is full.
+    The same model gives the same bytes: tensors lie in graph order at multiples of 64. A few tensors at a
+    time are in memory: while one is written, a thread reads and computes the next. Both files are written
+    under temporary names and renamed, data first; an interrupted save leaves the old files. The model may be
+    mapped from the very files that are replaced, and stays readable afterwards. A data file that is no longer
+    needed is left alone, because another model may use it. Raises ModelError PORT-0128 when it cannot be
+    written, EnvironmentFailure PORT-0901 when the disk is full.
     """
     path = Path(path)
     data = path.with_name(f"{path.stem}.onnx.data")
@@ -93,22 +97,59 @@ def _stored(value: ir.Value, tensor: ir.TensorProtocol, layout: Layout, location
     return tensor
 
 
+AHEAD = 2  # tensors that are made while another is written
+AHEAD_BYTES = 256 << 20  # a tensor is not made while so many bytes wait to be written
+
+
 def _write_data(layout: Layout, file: BinaryIO) -> None:
-    for tensor, offset in layout.values():
+    for tensor, offset, content in _made(layout):
         file.seek(offset)
         if isinstance(tensor, MappedTensor):
             tensor.tofile(file)
         else:
-            file.write(_bytes(tensor))
+            file.write(content)
         assert file.tell() == offset + tensor.nbytes, f"{tensor.name}: wrote {file.tell() - offset} bytes"
+
+
+def _made(layout: Layout) -> Iterator[tuple[ir.TensorProtocol, int, bytes | memoryview | None]]:
+    """Each tensor, its place and its bytes, in order; a thread makes the next ones meanwhile.
+
+    One thread, for computing a tensor takes all of them. What fails there is raised here. When the caller
+    stops early, so does the thread, after the tensor that it is at.
+    """
+    todo = list(layout.values())
+    with ThreadPoolExecutor(1, "porter-save") as maker:
+        waiting: deque[Future[bytes | memoryview | None]] = deque()
+        try:
+            for i, (tensor, offset) in enumerate(todo):
+                ahead = todo[i + len(waiting) : i + 1 + AHEAD]
+                held = sum(t.nbytes for t, _ in todo[i : i + len(waiting)])
+                for other, _ in ahead:
+                    if waiting and held + other.nbytes > AHEAD_BYTES:
+                        break
+                    held += other.nbytes
+                    waiting.append(maker.submit(_prepared, other))
+                yield tensor, offset, waiting.popleft().result()
+        finally:
+            maker.shutdown(cancel_futures=True)
+
+
+def _prepared(tensor: ir.TensorProtocol) -> bytes | memoryview | None:
+    """The bytes of a tensor; of a mapped one nothing, but its pages are on their way to memory."""
+    if isinstance(tensor, MappedTensor):
+        tensor.prefetch()
+        return None
+    return _bytes(tensor)
 
 
 def _bytes(tensor: ir.TensorProtocol) -> bytes | memoryview:
     """The stored form; a view where the array in memory already is that."""
-    if tensor.dtype.bitwidth < 8 or not isinstance(tensor, ir.Tensor):
+    if not isinstance(tensor, ir.Tensor | ir.LazyTensor):
         return tensor.tobytes()
-    array = np.ascontiguousarray(tensor.numpy())
-    return memoryview(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8))
+    array = np.ascontiguousarray(tensor.numpy()).reshape(-1)
+    if tensor.dtype.bitwidth < 8:
+        return packing.pack(array.view(np.uint8), tensor.dtype.bitwidth).data
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
 
 
 @contextlib.contextmanager

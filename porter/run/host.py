@@ -15,6 +15,7 @@ from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
 import tvm
 from tvm import relax
 
+from porter import memory
 from porter.context import Feeds
 from porter.errors import BundleError, OptionError
 from porter.run.protocol import TensorSpec
@@ -151,6 +152,8 @@ def _map_weights(path: Path, entries: list[dict[str, Any]]) -> list[tvm.runtime.
     if any(e["offset"] + e["bytes"] > size for e in entries):
         raise ValueError(f"{path.name} has {size} bytes, fewer than its weights take")
     mapped = np.memmap(path, np.uint8, mode="c") if size else np.empty(0, np.uint8)
+    if size:
+        memory.mapped.add(mapped._mmap)
     return [_weight(mapped[e["offset"] : e["offset"] + e["bytes"]], e) for e in entries]
 
 

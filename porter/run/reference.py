@@ -65,7 +65,7 @@ class ReferenceRunner:
         except ort.capi.onnxruntime_pybind11_state.NotImplemented:
             self.engine = "onnx.reference"
             self._session = onnx.reference.ReferenceEvaluator(onnx.load(path))
-            self.inputs, self.outputs = ({v.name: _ir_spec(v) for v in vs} for vs in _interface(model))
+            self.inputs, self.outputs = ({v.name: spec(v) for v in vs} for vs in _interface(model))
         except Exception as error:  # ONNX Runtime's errors have no base class of their own
             what = f"ONNX Runtime refuses the model: {_reason(error)}"
             raise ModelError(
@@ -139,7 +139,8 @@ def _interface(model: ir.Model) -> tuple[list[ir.Value], list[ir.Value]]:
     return [v for v in model.graph.inputs if not v.is_initializer()], list(model.graph.outputs)
 
 
-def _ir_spec(value: ir.Value) -> TensorSpec:
+def spec(value: ir.Value) -> TensorSpec:
+    """The type and shape of an input or output. Raises ModelError PORT-0143 when it has none."""
     if value.dtype is None or value.shape is None:
         raise ModelError("PORT-0143", "an input or output has no type and shape", where=shown(value.name))
     shape = tuple(d if isinstance(d, int) else str(d.value or "") for d in value.shape)

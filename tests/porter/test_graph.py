@@ -10,6 +10,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -24,8 +26,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from porter import graph
-from porter.errors import ModelError, PorterError
-from porter.graph import untrusted
+from porter.errors import ModelError, PassError, PorterError
+from porter.graph import saving, untrusted
 from porter.graph.mapped import MappedTensor
 from porter.match import add_initializer
 
@@ -924,6 +926,89 @@ def test_saving_streams(tmp_path):
     assert int(done.stdout) < 64
     assert graph.digest(tmp_path / "b.onnx") != graph.digest(tmp_path / "a.onnx")  # the name of the data file
     assert (tmp_path / "b.onnx.data").read_bytes() == (tmp_path / "a.onnx.data").read_bytes()
+
+
+def lazies(makers):
+    """A model with a lazy float32[300000] initializer for each function."""
+    model = big(count=1, size=30)
+    for i, make in enumerate(makers):
+        name = f"lazy{i}"
+        lazy = ir.LazyTensor(make, dtype=ir.DataType.FLOAT, shape=ir.Shape([300_000]), name=name)
+        model.graph.register_initializer(
+            ir.Value(name=name, const_value=lazy, type=ir.TensorType(lazy.dtype), shape=lazy.shape)
+        )
+    return model
+
+
+def test_tensors_are_made_ahead_of_the_writer_but_not_far(tmp_path, monkeypatch):
+    """While one is written the next AHEAD are made, and those only; each once, in order, in one thread."""
+    made, seen, write = [], [], saving._made
+
+    def maker(i):
+        def make():
+            made.append((i, threading.current_thread().name))
+            return ir.Tensor(np.full(300_000, i, np.float32))
+
+        return make
+
+    def watched(layout):
+        for n, each in enumerate(write(layout)):
+            time.sleep(0.02)  # the writer is slow: the maker waits for it
+            seen.append((n, len(made)))
+            yield each
+
+    monkeypatch.setattr(saving, "_made", watched)
+    graph.save(lazies([maker(i) for i in range(8)]), tmp_path / "m.onnx")
+    assert [i for i, _ in made] == list(range(8))
+    assert len({name for _, name in made}) == 1
+    assert made[0][1].startswith("porter-save")
+    assert all(count <= n + 1 + saving.AHEAD for n, count in seen)
+    assert any(count > n for n, count in seen[1:-3])
+    read = graph.load(tmp_path / "m.onnx").graph.initializers
+    assert all((read[f"lazy{i}"].const_value.numpy() == i).all() for i in range(8))
+
+
+@pytest.mark.parametrize("error", [PassError("PORT-0255", "not finite"), KeyboardInterrupt(), MemoryError()])
+def test_what_fails_in_the_thread_comes_out_and_nothing_is_left(tmp_path, error):
+    def broken():
+        raise error
+
+    later = []
+    fine = [lambda: ir.Tensor(np.ones(300_000, np.float32))] * 2
+    model = lazies([*fine, broken, *[lambda: later.append(1)] * 20])
+    with pytest.raises(type(error)) as caught:
+        graph.save(model, tmp_path / "m.onnx")
+    assert caught.value is error
+    assert list(tmp_path.iterdir()) == []
+    assert len(later) <= saving.AHEAD + 1  # the rest is not made any more
+    assert not [t for t in threading.enumerate() if t.name.startswith("porter-save")]
+
+
+def test_an_interrupted_writer_stops_the_thread(tmp_path, monkeypatch):
+    """Ctrl-C arrives in the main thread, between two tensors."""
+
+    class Interrupted(BaseException):
+        pass
+
+    write = saving._made
+
+    def interrupted(layout):
+        for n, each in enumerate(write(layout)):
+            if n == 3:
+                raise Interrupted
+            yield each
+
+    monkeypatch.setattr(saving, "_made", interrupted)
+    made = []
+
+    def make():
+        made.append(1)
+        return ir.Tensor(np.ones(300_000, np.float32))
+
+    with pytest.raises(Interrupted):
+        graph.save(lazies([make] * 30), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+    assert len(made) <= 4 + saving.AHEAD
 
 
 # ------------------------------------------------------------------ digest and edits
