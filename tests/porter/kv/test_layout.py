@@ -83,6 +83,12 @@ def test_the_buffers_of_innerq_are_those_of_the_documentation():
     }
 
 
+def test_a_cache_shorter_than_its_windows_is_all_window():
+    found = {b.name: b.shape for b in buffers(parse("innerq"), 80, 2, 20)}
+    assert found == {"key_window": (1, 2, 20, 80), "value_window": (1, 2, 20, 80)}
+    assert bits_per_value(parse("innerq"), 80, 2, 20) == 16
+
+
 def test_tokens_with_more_bits_have_room_of_their_own():
     found = {b.name: b.shape for b in buffers(parse("triaxial recent=0 share=0.25"), 64, 1, 100)}
     assert found["key_codes"] == (1, 1, 75, 16)
