@@ -24,7 +24,7 @@ Value = Callable[[Expr, Expr], Expr]  # (token, channel) -> float32
 
 
 def append_stored(spec: Stored, heads: int) -> tirx.PrimFunc:
-    """The side's buffers…, new [b, heads, s, width] float32, starts [b] int64: token t of `new` becomes token
+    """The side's buffers…, new [b, heads, s, width] float32, starts [b] int64 (, static steps): token t of `new` becomes token
     starts[b] + t. Tokens past the capacity are dropped; with a start below 0 nothing is written."""
     plan = spec.planned(heads)
     names = [f"c{suffix}" for suffix, _, _ in plan]
@@ -32,17 +32,18 @@ def append_stored(spec: Stored, heads: int) -> tirx.PrimFunc:
         *((name, ("b", *shape), dtype) for name, (_, shape, dtype) in zip(names, plan, strict=True)),
         ("new", ("b", heads, "s", spec.width), "float32"),
         ("starts", ("b",), "int64"),
+        *spec.step("c", heads),
     ]
 
     def body(*args, b, s):
-        *caches, new, starts = args
+        caches, (new, starts, *step) = args[: len(plan)], args[len(plan) :]
         state = {suffix: buffer for (suffix, _, _), buffer in zip(plan, caches, strict=True)}
         with loop(b * i64(heads), "parallel") as row:
             at = (row // i64(heads), row % i64(heads))
             start = starts[at[0]]
             end = tirx.min(start + s, i64(spec.capacity))
             with T.If(tirx.all(start >= i64(0), start < end)), T.Then():
-                _Append(spec, state, new, at, start, end).emit()
+                _Append(spec, state, new, at, start, end, *step).emit()
 
     name = f"append_{spec.name}_{spec.label}_h{heads}_c{spec.capacity}_d{spec.width}"
     return define(name, buffers, body)
@@ -58,6 +59,7 @@ class _Append:
     row: tuple[Expr, Expr]
     start: Expr
     end: Expr
+    static: tirx.Buffer | None = None
 
     def emit(self) -> None:
         spec, scheme, side = self.spec, self.spec.scheme, self.spec.side
@@ -84,7 +86,9 @@ class _Append:
         buffer = self.state[suffix]
         with loop(tirx.max(end - first, i64(0))) as i, loop(self.spec.width) as d:
             token = first + i
-            kept = _wide(self._exact(token, d) if suffix == "_copy" else self._copied(token, d), str(buffer.dtype))
+            kept = _wide(
+                self._exact(token, d) if suffix == "_copy" else self._copied(token, d), str(buffer.dtype)
+            )
             store(buffer, kept, *self.row, slot(token), d)
 
     def _exact(self, token: Expr, d: Expr) -> Expr:
@@ -115,7 +119,11 @@ class _Append:
             self._sets(first)
             return
         step, low = local(width), local(width)
-        if side.along == "tokens":
+        if side.static:
+            head = self.row[1] if side.static != "tensor" else i64(0)
+            with loop(width) as d:
+                store(step, self.static[head, 0, d if side.static == "channel" else i64(0)], d)
+        elif side.along == "tokens":
             place = first // i64(side.group)
             with loop(width) as d:
                 number = _Grouping(self, side.group, lambda k: self._value(sink + first + k, d)).emit()

@@ -240,9 +240,7 @@ class _Kernel:
                 for j in range(tokens):
                     store(scores, found[r * tokens + j], i64(r * TILE + j) + t)
 
-    def _softmax(
-        self, scores: tirx.Buffer, state: _State, place: _Place, first: Expr, count: Expr
-    ) -> None:
+    def _softmax(self, scores: tirx.Buffer, state: _State, place: _Place, first: Expr, count: Expr) -> None:
         """Scores to weights under the new maximum; the sums so far fade."""
         spec, halves = self.spec, local(TILE)
         for r in range(self.rows):
@@ -268,7 +266,9 @@ class _Kernel:
         spec = self.spec
         if not spec.mask:
             return value
-        mask = self.at["mask"][tuple(i64(0) if dim == 1 else i for dim, i in zip(spec.mask, where, strict=True))]
+        mask = self.at["mask"][
+            tuple(i64(0) if dim == 1 else i for dim, i in zip(spec.mask, where, strict=True))
+        ]
         return tirx.Select(mask, value, f32(float("-inf"))) if spec.mask_dtype == "bool" else value + mask
 
     def _weigh(self, state: _State, scores: tirx.Buffer, values: Tile, count: Expr) -> None:
@@ -313,9 +313,7 @@ class _State:
             store(self.out, f32(0), v)
 
 
-def _folded(
-    values: tirx.Buffer, at: Expr, halves: tirx.Buffer, fold: Callable[[Expr, Expr], Expr]
-) -> Expr:
+def _folded(values: tirx.Buffer, at: Expr, halves: tirx.Buffer, fold: Callable[[Expr, Expr], Expr]) -> Expr:
     """A tile's values folded into one, halves first: lane by lane each would wait for the one before."""
     size = TILE // 2
     with loop(size, "vectorized") as v:

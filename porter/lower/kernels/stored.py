@@ -19,7 +19,7 @@ from porter.kv.layout import buffers as planned
 from porter.kv.layout import row_bytes
 from porter.kv.scheme import Scheme, Side
 from porter.lower.kernels.codecs import CODECS
-from porter.lower.kernels.define import Dim, Expr, Spec, T, f32, i64, local, loop, store, tirx
+from porter.lower.kernels.define import Dim, Expr, Spec, T, define, f32, i64, local, loop, store, tirx
 
 LANES = 8  # a register of float32
 DTYPES = {"float8_e4m3fn": "uint8"}  # how kernels see what LLVM computes wrongly
@@ -116,9 +116,13 @@ class Stored:
         return self.side.element
 
     def fits(self) -> bool:
-        """Is there a kernel? Not for tokens with more bits, nor for the residual's projection, nor for static
-        scales."""
-        return not (self.side.more or self.side.residual or self.side.static)
+        """Is there a kernel? Not for tokens with more bits, nor for the residual's projection."""
+        return not (self.side.more or self.side.residual)
+
+    def step(self, name: str, heads: int) -> list[Spec]:
+        """The buffer of static steps, where there are any."""
+        shape = {"tensor": (1, 1, 1), "head": (heads, 1, 1), "channel": (heads, 1, self.width)}
+        return [(f"{name}_step", shape[self.side.static], "float32")] if self.side.static else []
 
     def planned(self, heads: int) -> list[tuple[str, tuple[int, ...], str]]:
         """(suffix, shape after the batch, TIR dtype) of each buffer of this side, in the layout's order."""
@@ -130,12 +134,13 @@ class Stored:
         ]
 
     def buffers(self, name: str, heads: int, length: Dim) -> list[Spec]:
-        """The planned buffers but for the exact copy, which attention does not read."""
-        return [
+        """The planned buffers but for the exact copy, which attention does not read; then static steps."""
+        planned: list[Spec] = [
             (name + suffix, ("b", *shape), dtype)
             for suffix, shape, dtype in self.planned(heads)
             if suffix != "_copy"
         ]
+        return planned + self.step(name, heads)
 
     def fill(
         self, at: Buffers, name: str, tile: Tile, row: tuple[Expr, Expr], span: tuple[Expr, Expr], total: Expr
@@ -176,7 +181,8 @@ class Stored:
         if self.side.element.startswith("lloyd"):
             self._decode_sets(at, name, tile, to, where)
             return
-        scales = _Scales(self.side, at[f"{name}_scale"], at.get(f"{name}_min"), where, self.width)
+        step = at[f"{name}_step" if self.side.static else f"{name}_scale"]
+        scales = _Scales(self.side, step, at.get(f"{name}_min"), where, self.width)
         rows = _Rows(codes, where, self.side.element, self.width, scales.unsigned)
         rows.decode(tile, to, scales.applied)
 
@@ -192,6 +198,35 @@ class Stored:
             byte += row_bytes(dataclasses.replace(self.side, element=f"lloyd{bits}", mixed=False),
                               f"lloyd{bits}", size)  # fmt: skip
             channel += size
+
+
+READ = 32  # tokens
+
+
+def read_stored(spec: Stored, heads: int) -> tirx.PrimFunc:
+    """The side's buffers… (but for the copy), total lengths [b] int64 -> all tokens, float32 [b, heads,
+    capacity, width]; 0 past a row's length."""
+    given = spec.buffers("c", heads, spec.capacity)
+    padded = -(-spec.width // LANES) * LANES
+
+    def body(*args, b):
+        *caches, lengths, y = args
+        at = {name: buffer for (name, _, _), buffer in zip(given, caches, strict=True)}
+        with loop(b * i64(heads), "parallel") as task:
+            row = (task // i64(heads), task % i64(heads))
+            total = tirx.max(tirx.min(lengths[row[0]], i64(spec.capacity)), i64(0))
+            rows = local(READ * padded)
+            with loop(-(-spec.capacity // READ)) as number:
+                first = number * i64(READ)
+                end = tirx.max(tirx.min(first + i64(READ), total), first)
+                spec.fill(at, "c", Tile(rows, padded), row, (first, end), total)
+                with loop(tirx.min(i64(READ), i64(spec.capacity) - first)) as t, loop(spec.width) as d:
+                    value = tirx.Select(first + t < end, rows[t * i64(padded) + d], f32(0))
+                    store(y, value, *row, first + t, d)
+
+    shape = ("b", heads, spec.capacity, spec.width)
+    buffers = [*given, ("lengths", ("b",), "int64"), ("y", shape, "float32")]
+    return define(f"read_{spec.name}_{spec.label}_h{heads}_d{spec.width}", buffers, body)
 
 
 def _copy(
@@ -225,15 +260,19 @@ class _Scales:
 
     def _of(self, buffer: tirx.Buffer, channel: int, lanes: int) -> Expr:
         b, head, token = self.where
-        if self.side.along == "tokens":
-            index = (b, head, token // i64(self.side.group))
+        if self.side.static in ("tensor", "head"):
+            return _spread(buffer[head if self.side.static == "head" else i64(0), 0, 0], lanes)
+        if self.side.static or self.side.along == "tokens":
+            index = (head, 0) if self.side.static else (b, head, token // i64(self.side.group))
             at = T.ramp(i64(channel), 1, lanes) if lanes > 1 else i64(channel)
             return tirx.Cast(_lanes("float32", lanes), buffer[(*index, at)])
         group = self.side.group or self.width
         first, last = channel // group, (channel + lanes - 1) // group
         if first == last:
             return _spread(tirx.Cast("float32", buffer[(*self.where, i64(first))]), lanes)
-        each = [tirx.Cast("float32", buffer[(*self.where, i64((channel + i) // group))]) for i in range(lanes)]
+        each = [
+            tirx.Cast("float32", buffer[(*self.where, i64((channel + i) // group))]) for i in range(lanes)
+        ]
         return tirx.Shuffle(each, [tirx.IntImm("int32", i) for i in range(lanes)])
 
     def unsigned(self, channel: int, lanes: int) -> Expr | None:
@@ -277,7 +316,11 @@ class _Rows:
                 T.buffer_store(tile.rows, value, [tile.at(to, self.channel + channel, lanes)])
 
     def _value(self, channel: int, lanes: int) -> Expr:
-        bits = 8 if self.element in ("", "fp32", "fp16", "bf16", "int8", "e4m3fn", "e5m2") else int(self.element[-1])
+        bits = (
+            8
+            if self.element in ("", "fp32", "fp16", "bf16", "int8", "e4m3fn", "e5m2")
+            else int(self.element[-1])
+        )
         if bits == 8:
             at = T.ramp(i64(channel), 1, lanes) if lanes > 1 else i64(channel)
             code = self.buffer[(*self.where, at)]

@@ -44,7 +44,13 @@ class Case:
 
     def attention(self, **options: object) -> Attention:
         sides = self.sides()
-        given = {"length": self.capacity, "scale": self.size**-0.5, "causal": True, "offset": "lengths", **options}
+        given = {
+            "length": self.capacity,
+            "scale": self.size**-0.5,
+            "causal": True,
+            "offset": "lengths",
+            **options,
+        }
         return Attention(HEADS * self.shared, HEADS, sides["key"], sides["value"], **given)
 
 
@@ -72,7 +78,9 @@ class Held:
         self.kernels, self.case, self.rng = kernels, case, np.random.default_rng(seed)
         scheme = parse(case.text)
         sample = self.rng.standard_normal((HEADS, 64, case.size)).astype(np.float32)
-        self.oracle = Cache(scheme, case.size, HEADS, case.capacity, BATCH, calibrated(scheme, sample, sample))
+        self.oracle = Cache(
+            scheme, case.size, HEADS, case.capacity, BATCH, calibrated(scheme, sample, sample)
+        )
         self.buffers = {
             n: [tvm.runtime.tensor(bytes_of(self.oracle.state[n + s[0]])) for s in stored.planned(HEADS)]
             for n, stored in case.sides().items()
@@ -98,7 +106,9 @@ class Held:
         for name, stored in self.case.sides().items():
             for (suffix, _, _), buffer in zip(stored.planned(HEADS), self.buffers[name], strict=True):
                 np.testing.assert_array_equal(
-                    buffer.numpy().view(np.uint8), self.oracle.state[name + suffix].view(np.uint8), name + suffix
+                    buffer.numpy().view(np.uint8),
+                    self.oracle.state[name + suffix].view(np.uint8),
+                    name + suffix,
                 )
 
     def check_attention(self, steps: int) -> None:
