@@ -41,9 +41,13 @@ class Layout:
         spec = Attention(QUERY_HEADS, HEADS, *sides, length=context, scale=SIZE**-0.5, causal=True,
                          offset="lengths")  # fmt: skip
         kernel = attention(spec).with_attr("global_symbol", "kernel")
-        library = tvm.tirx.build(tvm.IRModule({"kernel": kernel}), target=build.tvm_target(target.load("host")))
+        library = tvm.tirx.build(
+            tvm.IRModule({"kernel": kernel}), target=build.tvm_target(target.load("host"))
+        )
         self.kernel = library["kernel"]
-        given = [b for side, letter in zip(sides, "kv", strict=True) for b in side.buffers(letter, HEADS, context)]
+        given = [
+            b for side, letter in zip(sides, "kv", strict=True) for b in side.buffers(letter, HEADS, context)
+        ]
         arrays = [_random(rng, suffix, (1, *shape[1:]), dtype) for suffix, shape, dtype in given]
         self.bytes = sum(a.nbytes for a in arrays)
         query = rng.standard_normal((1, QUERY_HEADS, 1, SIZE)).astype(np.float32)

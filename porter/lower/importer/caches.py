@@ -1,7 +1,7 @@
 """The functions that append to and read one side of a cache scheme's buffers: `porter.kvgraph.functions`.
 
-They are known by the prefix of their names; what they do is said by `scheme` and `side`, and what they hold by
-the buffers' shapes. Their bodies are not looked at.
+They are known by the prefix of their names; what they do is said by `scheme` and `side`, and what they hold
+by the buffers' shapes. Their bodies are not looked at.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 and of the groups that they complete, are written.
 
 Rounding is that of `porter.kv`, operation by operation in float32, so that the bytes are the same: a group's
-step is divided, raised to the smallest normal number of its stored type and rounded to that; codes are rounded
-against what is stored.
+step is divided, raised to the smallest normal number of its stored type and rounded to that; codes are
+rounded against what is stored.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ Value = Callable[[Expr, Expr], Expr]  # (token, channel) -> float32
 
 
 def append_stored(spec: Stored, heads: int) -> tirx.PrimFunc:
-    """The side's buffers…, new [b, heads, s, width] float32, starts [b] int64 (, static steps): token t of `new` becomes token
-    starts[b] + t. Tokens past the capacity are dropped; with a start below 0 nothing is written."""
+    """The side's buffers…, new [b, heads, s, width] float32, starts [b] int64 (, static steps).
+
+    Token t of `new` becomes token starts[b] + t. Tokens past the capacity are dropped; with a start below 0
+    nothing is written.
+    """
     plan = spec.planned(heads)
     names = [f"c{suffix}" for suffix, _, _ in plan]
     buffers: list[Spec] = [
