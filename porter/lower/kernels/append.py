@@ -89,10 +89,8 @@ class _Append:
         buffer = self.state[suffix]
         with loop(tirx.max(end - first, i64(0))) as i, loop(self.spec.width) as d:
             token = first + i
-            kept = _wide(
-                self._exact(token, d) if suffix == "_copy" else self._copied(token, d), str(buffer.dtype)
-            )
-            store(buffer, kept, *self.row, slot(token), d)
+            value = self._exact(token, d) if suffix == "_copy" else self._copied(token, d)
+            store(buffer, _wide(value, str(buffer.dtype)), *self.row, slot(token), d)
 
     def _exact(self, token: Expr, d: Expr) -> Expr:
         return self.new[(*self.row, token - self.start, d)]
@@ -277,7 +275,8 @@ class _Grouping:
         return tirx.Cast("float32", _step(value / divisor[0], self.dtype))
 
     def _better(self) -> None:
-        """The asymmetric form where its L1 error is smaller."""
+        """The asymmetric form where its L1 error is smaller; a sum of many may round otherwise than numpy's,
+        so errors that differ by less than that may be taken for equal, or the other way."""
         top, form = (1 << self.side.bits) - 1, ELEMENTS[self.side.element]
         symmetric, errors = local(1), local(2)
         store(symmetric, self.kept[0], 0)
@@ -287,9 +286,9 @@ class _Grouping:
         with loop(self.size) as k:
             value = self.value(k)
             code = rounded(value / symmetric[0], form.smallest, form.largest)
-            one = tirx.Cast("float32", code) * symmetric[0] - value
+            one = _product(code, symmetric[0]) - value
             code = rounded((value - self.low) / self.step, 0, top)
-            two = tirx.Cast("float32", code) * self.step + self.low - value
+            two = _product(code, self.step) + self.low - value
             store(errors, errors[0] + tirx.max(one, f32(0) - one), 0)
             store(errors, errors[1] + tirx.max(two, f32(0) - two), 1)
         use = local(1, "bool")
@@ -305,6 +304,12 @@ def _padded(width: int) -> tirx.Buffer:
     for i in range(width, whole):
         store(codes, tirx.IntImm("int32", 0), i)
     return codes
+
+
+def _product(code: Expr, step: Expr) -> Expr:
+    """code * step, rounded to float32 by itself: else LLVM fuses it with the addition behind it."""
+    exact = tirx.Cast("float64", code) * tirx.Cast("float64", step)
+    return tirx.Cast("float32", exact)
 
 
 def rounded(value: Expr, low: int, high: int) -> Expr:

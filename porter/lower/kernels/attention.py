@@ -1,8 +1,10 @@
-"""Attention over a float or quantized cache in one pass over the keys; codes are decoded in registers.
+"""Attention over a float or quantized cache in one pass over the keys, a tile of tokens at a time.
 
     y = softmax(softcap(scale * q kᵀ) + mask) v
 
-with running maximum and sum (online softmax: Milakov & Gimelshein 2018; Dao 2022).
+with running maximum and sum (online softmax: Milakov & Gimelshein 2018; Dao 2022). A tile is decoded once for
+all query heads that share its KV head. With one query, the context is cut in pieces that run in parallel, and
+their maxima, sums and outputs are merged (Flash-Decoding: Dao et al. 2023).
 
 Layouts are ONNX's: q [b, hq, s, d], k [b, hk, t, d], v [b, hk, t, dv]; hq is a multiple of hk (grouped
 queries).
@@ -102,8 +104,8 @@ def _up(size: int) -> int:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """The body. A task is a query of some heads of one KV head (`rows`, alike in what they see) and a piece of
-    the context; tasks are parallel."""
+    """The body. A task is a query of some heads of one KV head (`rows`, alike in what they see) and a piece
+    of the context; tasks are parallel."""
 
     spec: Attention
     at: dict[str, tirx.Buffer]
@@ -266,9 +268,8 @@ class _Kernel:
         spec = self.spec
         if not spec.mask:
             return value
-        mask = self.at["mask"][
-            tuple(i64(0) if dim == 1 else i for dim, i in zip(spec.mask, where, strict=True))
-        ]
+        index = [i64(0) if dim == 1 else i for dim, i in zip(spec.mask, where, strict=True)]
+        mask = self.at["mask"][tuple(index)]
         return tirx.Select(mask, value, f32(float("-inf"))) if spec.mask_dtype == "bool" else value + mask
 
     def _weigh(self, state: _State, scores: tirx.Buffer, values: Tile, count: Expr) -> None:

@@ -11,6 +11,7 @@ and shifted apart there, so channels keep their order.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +25,9 @@ from porter.lower.kernels.define import Dim, Expr, Spec, T, define, f32, i64, lo
 LANES = 8  # a register of float32
 DTYPES = {"float8_e4m3fn": "uint8"}  # how kernels see what LLVM computes wrongly
 WIDE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+WHOLE = ("", *WIDE, "int8", "e4m3fn", "e5m2")  # a code a word
 Buffers = dict[str, tirx.Buffer]
+Finish = Callable[[Expr, int, int], Expr]  # (number, first channel, lanes) -> number
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ def _copy(
     row: tuple[Expr, Expr],
     span: tuple[Expr, Expr],
     to: Expr,
-    slot: object,
+    slot: Callable[[Expr], Expr],
 ) -> None:
     """Tokens of floats, each from its slot, to the tile's rows from `to` on."""
     width = int(buffer.shape[3])
@@ -270,9 +273,8 @@ class _Scales:
         first, last = channel // group, (channel + lanes - 1) // group
         if first == last:
             return _spread(tirx.Cast("float32", buffer[(*self.where, i64(first))]), lanes)
-        each = [
-            tirx.Cast("float32", buffer[(*self.where, i64((channel + i) // group))]) for i in range(lanes)
-        ]
+        apart = [buffer[(*self.where, i64((channel + i) // group))] for i in range(lanes)]
+        each = [tirx.Cast("float32", x) for x in apart]
         return tirx.Shuffle(each, [tirx.IntImm("int32", i) for i in range(lanes)])
 
     def unsigned(self, channel: int, lanes: int) -> Expr | None:
@@ -282,6 +284,7 @@ class _Scales:
         return self._of(self.step, channel, lanes) < _spread(f32(0), lanes)
 
     def applied(self, value: Expr, channel: int, lanes: int) -> Expr:
+        """What codes stand for."""
         step = self._of(self.step, channel, lanes)
         if self.side.hybrid:
             step = tirx.max(step, _spread(f32(0), lanes) - step)
@@ -302,11 +305,11 @@ class _Rows:
     where: tuple[Expr, Expr, Expr]
     element: str
     width: int
-    unsigned: object = None
+    unsigned: Callable[[int, int], Expr | None] | None = None
     byte: int = 0
     channel: int = 0
 
-    def decode(self, tile: Tile, to: Expr, finish: object) -> None:
+    def decode(self, tile: Tile, to: Expr, finish: Finish) -> None:
         """Each group of lanes, finished, to a row of the tile."""
         for first in range(0, self.width, LANES):
             count = min(LANES, self.width - first)
@@ -316,17 +319,13 @@ class _Rows:
                 T.buffer_store(tile.rows, value, [tile.at(to, self.channel + channel, lanes)])
 
     def _value(self, channel: int, lanes: int) -> Expr:
-        bits = (
-            8
-            if self.element in ("", "fp32", "fp16", "bf16", "int8", "e4m3fn", "e5m2")
-            else int(self.element[-1])
-        )
-        if bits == 8:
+        if self.element in WHOLE:
             at = T.ramp(i64(channel), 1, lanes) if lanes > 1 else i64(channel)
             code = self.buffer[(*self.where, at)]
             if self.element.startswith("e"):
                 return self._bytes(channel, lanes)
             return tirx.Cast(_lanes("float32", lanes), code)
+        bits = int(self.element[-1])
         word = self._word(channel // LANES, bits)
         if lanes == 1:
             return self._number(word, bits, channel % LANES * bits, 1, channel)
@@ -387,10 +386,14 @@ def _steps(first: int, step: int, lanes: int) -> Expr:
 
 
 def _centroids(code: Expr, bits: int, lanes: int) -> Expr:
-    """centroid[code]: a choice for each bit of those that are left."""
-    left = [_spread(f32(float(c)), lanes) for c in codebook.table(bits)[0]]
-    for bit in range(bits):
-        mask = _spread(tirx.IntImm("int32", 1 << bit), lanes)
-        on = (code & mask) != _spread(tirx.IntImm("int32", 0), lanes)
+    """centroid[code]. They are symmetric: the magnitude is one of the upper half's, and a choice for each bit
+    of those that are left; the sign is the upper bit's."""
+    half = 1 << (bits - 1)
+    top, low = (_spread(tirx.IntImm("int32", n), lanes) for n in (half, half - 1))
+    zero = _spread(tirx.IntImm("int32", 0), lanes)
+    place = tirx.Select((code & top) == zero, code ^ low, code)
+    left = [_spread(f32(float(c)), lanes) for c in codebook.table(bits)[0][half:]]
+    for bit in range(bits - 1):
+        on = (place & _spread(tirx.IntImm("int32", 1 << bit), lanes)) != zero
         left = [tirx.Select(on, b, a) for a, b in zip(left[::2], left[1::2], strict=True)]
-    return left[0]
+    return tirx.Select((code & top) == zero, _spread(f32(0), lanes) - left[0], left[0])

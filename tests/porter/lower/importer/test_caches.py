@@ -1,4 +1,4 @@
-"""AppendCache and ReadCache lowered, beside ONNX Runtime running their bodies: the same bytes, read packed."""
+"""AppendCache and ReadCache lowered, beside ONNX Runtime with their bodies: the same bytes, read packed."""
 
 from __future__ import annotations
 
