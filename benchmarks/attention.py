@@ -2,7 +2,7 @@
 
 python benchmarks/attention.py [--contexts 2048 8192] [--layouts fp16 kivi2 …] [--rounds 15] [--json FILE]
 
-Head size 128, 32 query heads, 8 KV heads, random codes. Every round runs all layouts in a random order; a ratio
+Head size 128, 32 query heads, 8 KV heads. Every round runs all layouts in a random order; a ratio
 is the median over the rounds of (time of the other layout / time of this one) in the same round, with its
 quartiles, so that what else the machine does falls on both. The same cache is read again and again: one of
 fewer MiB than the processor's own cache is not read from memory.
