@@ -150,7 +150,7 @@ def convert(
     ] = "",
     activations: Annotated[str, typer.Option(help="Format that linear layers multiply in, as int8.")] = "",
     form: Form = "onnx",
-    kv: Annotated[str, typer.Option(help="KV-cache scheme, as int8.")] = "",
+    kv: Annotated[str, typer.Option(help="KV-cache scheme, as kivi2, with options: 'kivi2 recent=64'.")] = "",
     pipeline: Annotated[str, typer.Option(help="Passes to run instead of the target's own.")] = "",
     budget: Budget = "",
     data: Data = "",

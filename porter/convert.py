@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from porter import __version__, bundle, decoder, graph, memory, needs, registry, target
+from porter import __version__, bundle, decoder, graph, kv, memory, needs, registry, target
 from porter.calibrate.feeds import calibration
 from porter.context import Context
 from porter.drift import attention
@@ -23,6 +23,7 @@ from porter.drift.feeds import TokenFeeds
 from porter.drift.measure import SINGLE, Runnable, feeds_for, measure, tokenizer_files
 from porter.drift.streamed import Interface, Streamed
 from porter.errors import DriftError, OptionError
+from porter.kvgraph.graph import BITS, BYTES, CAPACITY
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
 from porter.report.report import DriftReport, Figure, Stage
@@ -119,7 +120,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
                 attention=heads,
-                memory=_memory(source, lowered, plan, watch),
+                memory=_memory(source, lowered, plan, watch) | _cache(model),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
                 calibration=calibrated.facts,
@@ -242,10 +243,15 @@ def _weights_text(spec: TargetSpec, options: Options) -> str:
 
 
 def _kv_text(spec: TargetSpec, options: Options) -> str:
-    name = options.kv or "fp32"
-    if name not in spec.kv:
+    """The pass that quantizes the cache; the text of --kv is that of its options, the scheme's name first."""
+    words = options.kv.split() or ["fp32"]
+    name = words[0].removeprefix("scheme=")
+    if "=" in name:
+        name, words = "fp16", ["fp16", *words]
+    elif name not in spec.kv:
         raise _not_offered(spec, "kv", name, spec.kv)
-    return f"kv.quantize{{scheme={name}}}" if name != "fp32" else ""
+    kv.parse(" ".join(words))
+    return "kv.quantize{" + " ".join([f"scheme={name}", *words[1:]]) + "}" if words != ["fp32"] else ""
 
 
 def _not_offered(spec: TargetSpec, slot: str, asked: str, offered: tuple[str, ...]) -> OptionError:
@@ -373,6 +379,18 @@ def _memory(source: Path, plan: Plan, needed: needs.Plan, watch: memory.Watch) -
         "weights of the port": Figure(sum(w["bytes"] for w in plan.weights), "bytes", "measured"),
         "workspace": Figure(plan.workspace_bytes, "bytes", "estimated"),  # planned, for the largest step
         "workspace, lower bound": Figure(plan.lower_bound_bytes, "bytes", "estimated"),
+    }
+
+
+def _cache(model: ir.Model) -> dict[str, Figure]:
+    """What a quantized cache takes; nothing for one of floats."""
+    about = model.metadata_props
+    if BYTES not in about:
+        return {}
+    held = f"KV cache, {about[CAPACITY]} tokens x batch 1"
+    return {
+        held: Figure(int(about[BYTES]), "bytes", "estimated"),  # planned
+        "KV cache, scales and windows included": Figure(float(about[BITS]), "bits per value", "estimated"),
     }
 
 

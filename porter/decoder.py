@@ -90,7 +90,8 @@ def recognise(model: ir.Model) -> Decoder:
     roles.setdefault("lengths", _find_lengths(inputs, spent))
     roles |= {role: name for role, name in _grouped_roles(inputs).items() if name not in spent}
     spent |= {roles["lengths"], roles.get("last", ""), roles.get("total", "")}
-    capacity = _capacity(inputs, caches, roles["lengths"], told=_is_told(model, roles))
+    said = _numbers(model, "porter.kv.capacity", (0,))[0]
+    capacity = _capacity(inputs, caches, roles["lengths"], said, told=_is_told(model, roles))
     return Decoder(
         output=_find_output(outputs, {c.present for c in caches}, inputs),
         cache="static" if capacity else "concat" if caches else "none",
@@ -122,14 +123,16 @@ def _named_caches(inputs: Mapping[str, ir.Value], outputs: Mapping[str, ir.Value
     return [CacheTensor(name, present[place], *place) for place, name in past.items()]
 
 
+def place(name: str) -> tuple[int, str] | None:
+    """The layer and kind that a cache's name says, or None."""
+    match = _LAYER_FIRST.fullmatch(name) or _KIND_FIRST.fullmatch(name)
+    if match is None:
+        return None
+    return int(match["layer"]), _KINDS.get(match["kind"], match["kind"]) + (match["rest"] or "")
+
+
 def _by_place(names: Mapping[str, ir.Value]) -> dict[tuple[int, str], str]:
-    found: dict[tuple[int, str], str] = {}
-    for name in names:
-        match = _LAYER_FIRST.fullmatch(name) or _KIND_FIRST.fullmatch(name)
-        if match:
-            kind = _KINDS.get(match["kind"], match["kind"]) + (match["rest"] or "")
-            found[int(match["layer"]), kind] = name
-    return found
+    return {found: name for name in names if (found := place(name))}
 
 
 def _find_tokens(inputs: Mapping[str, ir.Value], spent: set[str]) -> str:
@@ -238,8 +241,14 @@ def _unlike(past: ir.Value, present: ir.Value) -> bool:
     return past.dtype != present.dtype or any(a != b for a, b in sizes if None not in (a, b))
 
 
-def _capacity(inputs: Mapping[str, ir.Value], caches: list[CacheTensor], lengths: str, *, told: bool) -> int:
-    """The number of tokens that the caches hold, 0 when they grow; `told`: by other inputs than `lengths`."""
+def _capacity(
+    inputs: Mapping[str, ir.Value], caches: list[CacheTensor], lengths: str, said: int, *, told: bool
+) -> int:
+    """The number of tokens that the caches hold, 0 when they grow; `told`: by other inputs than `lengths`.
+
+    Buffers of a quantized cache have fewer places than tokens (groups, windows): the model says (`said`) how
+    many tokens they are for.
+    """
     sizes = {_axis(inputs[c.past], 2) for c in caches}
     fixed = {s for s in sizes if isinstance(s, int)}
     if caches and bool(fixed) != bool(lengths or (fixed and told)):
@@ -251,6 +260,8 @@ def _capacity(inputs: Mapping[str, ir.Value], caches: list[CacheTensor], lengths
         raise ModelError(
             "PORT-0132", what, hint="make the cache's token axis dynamic, and run kv.static_cache"
         )
+    if said and fixed and fixed == sizes and max(fixed) <= said:
+        return said
     if len(fixed) > 1 or (fixed and fixed != sizes):
         raise ModelError("PORT-0132", f"the caches have different lengths: {sorted(map(str, sizes))}")
     return fixed.pop() if fixed else 0

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from porter.context import Context
 from porter.errors import TargetError
-from porter.lower.supported import OPERATORS, TYPES
+from porter.lower.supported import OPERATORS, PREFIXES, TYPES
 from porter.pipeline import Pass, Promise
 
 SHOWN = 3  # names of nodes or tensors for each thing that is missing
@@ -30,7 +30,7 @@ class CheckSupport(Pass):
         """0: there is nothing to edit."""
         where: dict[str, list[str]] = defaultdict(list)
         for node in model.graph.all_nodes():
-            if _identifier(node) not in OPERATORS:
+            if _identifier(node) not in OPERATORS and not _identifier(node).startswith(PREFIXES):
                 where[_identifier(node)].append(node.name or str(node.outputs[0].name))
         if where:
             hint = "rewrite them with a pass of your own, or run the model on a target that has them"

@@ -1,194 +1,125 @@
-"""Keep a static KV cache in 8-bit or 4-bit integers, with a scale for each token and head.
+"""Keep a static KV cache in fewer bits, by a scheme of `porter.kv.names`.
 
     present = TensorScatter<axis=2>(past, new, past_lengths)                    past float [B,H,C,D]
     Y = Attention(Q, present, …)
     ->
-    scale = max(|new|) over D / 127, at least the smallest normal number        float [B,H,S,1]
-    codes = QuantizeLinear<axis=3, block_size=D>(new, scale)                    int8 [B,H,S,D]
-    present = TensorScatter<axis=2>(past, codes, past_lengths)                  past int8 [B,H,C,D]
-    present_scale = TensorScatter<axis=2>(past_scale, scale, past_lengths)      past_scale float [B,H,C,1]
-    Y = Attention(Q, DequantizeLinear<axis=3, block_size=D>(present, present_scale), …)
+    present, present_scale, … = porter.AppendCache_…(past, past_scale, …, new, past_lengths)
+    Y = Attention(Q, porter.ReadCache_…(present, present_scale, …, total_lengths), …)
 
-int4 divides by 7, and keeps two codes in a byte: `porter.PackInt4(codes)` is what is scattered into past,
-uint8 [B,H,C,D/2], and `porter.UnpackInt4(present)` is what is dequantized. The cache keeps its names; the
-scales are new inputs and outputs beside them, `past_key_values.0.key_scale` and `present.0.key_scale`. A
-token is rounded once, when it is written, and is read rounded even in the step that writes it.
+The buffers of the scheme (`porter.kv.layout`) become the model's inputs and outputs: codes keep the cache's
+name (the usual one, where its own does not say layer and side), the others are named after it, as
+`past_key_values.0.key_scale` and `present.0.key_scale`. What the two functions write and read is in
+`porter.kvgraph.functions`; integers with a scale for each token and head are spelled with ONNX's own
+operators instead (`porter.kvgraph.plain`), and kept floats of another type with Cast. Rotations and
+normalizers become products around the Attention (`porter.kvgraph.turning`). Constants are taken from the
+calibration feeds.
+
+A token is rounded once, when it is written or leaves the window, and is read rounded even in the step that
+does it. All tokens that are fed count: a window holds what was fed last.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
+from porter.passes.kv.static_cache import why_not
 
-from porter import nibbles
 from porter.context import Context
 from porter.errors import PassError
+from porter.kv import names
+from porter.kv.scheme import Scheme
+from porter.kvgraph import calibrate
+from porter.kvgraph.graph import BITS, BYTES, CAPACITY, DONE, layers, name_caches
+from porter.kvgraph.store import check, store
+from porter.kvgraph.turning import turn
 from porter.pipeline import Pass, Promise
-
-LARGEST = {"int8": 127, "int4": 7}
 
 
 @dataclass(frozen=True)
 class QuantizeCache(Pass):
-    """`scheme`: int8, or int4 (two codes to a byte; the head size must be even)."""
+    """`scheme`: a name such as int8 or kivi2; the other options override what it says (`porter.kv.names`):
+    `key` and `value` how either is stored, as int4-g32 or a scheme's name; `recent` and `sink` the tokens
+    that stay in `high` precision (-1: the scheme's own), `keep-first` and `keep-last` the layers; `rotate`
+    and `normalize` as well; `scales` and `static` of both sides; `copy` and `share`.
+    """
 
     promise: ClassVar[Promise] = Promise.LOSSY
     after: ClassVar[tuple[str, ...]] = ("kv.static_cache",)
 
     scheme: str = "int8"
+    key: str = ""
+    value: str = ""
+    recent: int = -1
+    sink: int = -1
+    keep_first: int = -1
+    keep_last: int = -1
+    high: str = ""
+    rotate: bool = False
+    normalize: bool = False
+    scales: str = ""
+    static: str = ""
+    copy: str = ""
+    share: str = ""
 
     def __post_init__(self) -> None:
-        if self.scheme not in LARGEST:
-            raise ValueError(f"there is no cache scheme {self.scheme!r}; there are {', '.join(LARGEST)}")
+        self.parsed()  # what cannot be read is refused at once
+
+    def parsed(self) -> Scheme:
+        """The scheme with its options. Raises PassError PORT-0270, PORT-0271."""
+        words = [self.scheme]
+        for option in dataclasses.fields(self)[1:]:
+            name, value = option.name.replace("_", "-"), getattr(self, option.name)
+            if value is True:
+                words.append(name)
+            elif value not in (False, "") and value != -1:
+                words.append(f"{name}={value}")
+        return names.parse(" ".join(words))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the scheme has constants from calibration."""
+        return calibrate.wanted(self.parsed())
 
     def run(self, model: ir.Model, context: Context) -> int:
-        """Rewrite every float cache; the count is of caches. Raises PassError PORT-0262 to PORT-0264."""
-        caches = [n for n in model.graph if _is_cache(n)]
-        if not caches and not any(_is_cache(n, quantized=True) for n in model.graph):
-            what = "the model has no static key and value cache to quantize"
-            raise PassError("PORT-0263", what, hint="kv.static_cache must stand before, and find the cache")
-        for scatter in caches:
-            self._check(scatter)
-        if caches and self.scheme == "int4":
-            nibbles.add_functions(model)
-        for scatter in caches:
-            _Cache(scatter, self.scheme).rewrite()
-        return len(caches)
-
-    def _check(self, scatter: ir.Node) -> None:
-        past, size = scatter.inputs[0], scatter.inputs[0].shape[3]
-        if not isinstance(size, int) or (self.scheme == "int4" and size % 2):
-            want = "an even number" if self.scheme == "int4" else "known"
-            hint = "use int8" if self.scheme == "int4" else "fix the head size at export"
-            raise PassError(
-                "PORT-0264", f"the head size is {size}, and must be {want}", where=past.name, hint=hint
+        """Rewrite every float cache; the count is of caches. Raises PassError PORT-0262 to PORT-0264,
+        PORT-0272, PORT-0274."""
+        if DONE in model.metadata_props:
+            return 0
+        found, scheme = layers(model.graph), self.parsed()
+        if not found:
+            what, declined = "the model has no static key and value cache to quantize", why_not(model)
+            hint = (
+                f"kv.static_cache declined: {declined}" if declined else "kv.static_cache must stand before"
             )
-        names = {v.name for v in (*scatter.graph.inputs, *scatter.graph.outputs)}
-        for name in (past.name, scatter.outputs[0].name):
-            if f"{name}_scale" in names:
-                raise PassError(
-                    "PORT-0262", f"the model has an input or output {name}_scale already", where=name
-                )
+            raise PassError("PORT-0263", what, hint=hint)
+        schemes = [scheme.layer(i, len(found)) for i in range(len(found))]
+        for layer, each in zip(found, schemes, strict=True):
+            for side in ("key", "value"):
+                check(layer, side, each)
+        made = calibrate.constants(model, found, schemes, context.calibration)
+        pasts = [s.inputs[0] for layer in found for s in (layer.key, layer.value)]
+        values, capacity = sum(math.prod(list(v.shape)[1:]) for v in pasts), pasts[0].shape[2]
+        others = set(model.graph.inputs) - set(pasts)
+        name_caches(model.graph, found)
+        edits = 0
+        for layer, each, constants in zip(found, schemes, made, strict=True):
+            turn(layer, each, constants)
+            edits += sum(store(model, layer, side, each, constants) for side in ("key", "value"))
+        total = sum(_bytes(v) for v in model.graph.inputs if v not in others)
+        about = {
+            DONE: names.text_of(scheme),
+            CAPACITY: capacity,
+            BYTES: total,
+            BITS: f"{8 * total / values:.4f}",
+        }
+        model.metadata_props.update({name: str(value) for name, value in about.items()})
+        return edits
 
 
-def _is_cache(node: ir.Node, quantized: bool = False) -> bool:
-    """TensorScatter of a 4-D model input into a model output that Attention reads (through
-    DequantizeLinear)."""
-    if node.op_type != "TensorScatter" or node.domain or not node.inputs[0].is_graph_input():
-        return False
-    past, present = node.inputs[0], node.outputs[0]
-    whole = past.shape is not None and len(past.shape) == 4 and present.is_graph_output()
-    readers = {(n.domain, n.op_type) for n, _ in present.uses()}
-    if quantized:
-        return whole and bool(readers & {("", "DequantizeLinear"), (nibbles.DOMAIN, "UnpackInt4")})
-    return whole and readers == {("", "Attention")} and past.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-
-
-class _Cache:
-    """One cache being rewritten; nodes are added before its TensorScatter, then, in order, after it."""
-
-    def __init__(self, scatter: ir.Node, scheme: str) -> None:
-        self.scatter, self.graph, self.scheme = scatter, scatter.graph, scheme
-        self.past, self.new, self.lengths = scatter.inputs
-        self.present, self.float = scatter.outputs[0], scatter.inputs[0].dtype
-        self.size = self.past.shape[3]
-        self.last: ir.Node | None = None
-
-    def rewrite(self) -> None:
-        """Put codes and scales in place of the floats."""
-        readers = list(self.present.uses())
-        scale = self._scale()
-        self._store(self._codes(scale))
-        value = self._dequantized(self._store_scale(scale))
-        for node, index in readers:
-            node.replace_input_with(index, value)
-
-    def _scale(self) -> ir.Value:
-        """max(|new|) / largest code, kept above zero: float [B,H,S,1]."""
-        kind = self.float.numpy()
-        axes = self._constant("axes", np.array([3], np.int64))
-        largest = self._constant("largest", np.array(LARGEST[self.scheme], kind))
-        floor = self._constant("floor", np.array(ml_dtypes.finfo(kind).smallest_normal, kind))
-        size = self._add("Abs", [self.new], "abs", self.float, self._rows(self.new, self.size))
-        one = self._rows(self.new, 1)
-        peak = self._add("ReduceMax", [size, axes], "peak", self.float, one, keepdims=1)
-        step = self._add("Div", [peak, largest], "step", self.float, one)
-        return self._add("Max", [step, floor], "scale", self.float, one)
-
-    def _codes(self, scale: ir.Value) -> ir.Value:
-        """What is stored: int8 [B,H,S,D], or uint8 [B,H,S,D/2]."""
-        attributes = {"output_dtype": ir.DataType.INT8, "axis": 3, "block_size": self.size}
-        rows = self._rows(self.new, self.size)
-        codes = self._add("QuantizeLinear", [self.new, scale], "codes", ir.DataType.INT8, rows, **attributes)
-        if self.scheme == "int8":
-            return codes
-        rows = self._rows(self.new, self.size // 2)
-        return self._add("PackInt4", [codes], "packed", ir.DataType.UINT8, rows, domain=nibbles.DOMAIN)
-
-    def _store(self, codes: ir.Value) -> None:
-        """Let the TensorScatter write codes: what was a cache of floats is one of bytes."""
-        self.scatter.replace_input_with(1, codes)
-        columns = self.size if self.scheme == "int8" else self.size // 2
-        for value in (self.past, self.present):
-            value.type, value.shape = ir.TensorType(codes.dtype), self._rows(self.past, columns)
-        self.last = self.scatter
-
-    def _store_scale(self, scale: ir.Value) -> ir.Value:
-        """The scales' own cache, float [B,H,C,1], in and out beside the codes'."""
-        shape = self._rows(self.past, 1)
-        past = ir.Value(name=f"{self.past.name}_scale", type=ir.TensorType(self.float), shape=shape)
-        inputs, outputs = self.graph.inputs, self.graph.outputs
-        inputs.insert(list(inputs).index(self.past) + 1, past)
-        present = self._add("TensorScatter", [past, scale, self.lengths], "", self.float, shape, axis=2)
-        present.name = f"{self.present.name}_scale"
-        outputs.insert(list(outputs).index(self.present) + 1, present)
-        return present
-
-    def _dequantized(self, scale: ir.Value) -> ir.Value:
-        """The whole cache as floats [B,H,C,D]."""
-        codes, rows = self.present, self._rows(self.past, self.size)
-        if self.scheme == "int4":
-            codes = self._add(
-                "UnpackInt4", [codes], "unpacked", ir.DataType.INT8, rows, domain=nibbles.DOMAIN
-            )
-        attributes = {"axis": 3, "block_size": self.size}
-        return self._add("DequantizeLinear", [codes, scale], "dequantized", self.float, rows, **attributes)
-
-    def _rows(self, like: ir.Value, columns: int) -> ir.Shape | None:
-        """The shape of `like` with another last axis."""
-        return None if like.shape is None else ir.Shape([*list(like.shape)[:3], columns])
-
-    def _constant(self, role: str, array: np.ndarray) -> ir.Value:
-        """An initializer that all caches share."""
-        name = f"cache.{role}.{self.scheme}"
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(array, name=name)
-            kind = ir.TensorType(tensor.dtype)
-            self.graph.register_initializer(
-                ir.Value(name=name, const_value=tensor, type=kind, shape=tensor.shape)
-            )
-        return self.graph.initializers[name]
-
-    def _add(
-        self,
-        op: str,
-        inputs: list[ir.Value],
-        suffix: str,
-        dtype: ir.DataType,
-        shape: ir.Shape | None,
-        domain: str = "",
-        **attributes: int,
-    ) -> ir.Value:
-        node = ir.node(op, inputs, attributes or None, domain=domain)
-        out = node.outputs[0]
-        out.name, out.type, out.shape = f"{self.present.name}.{suffix}", ir.TensorType(dtype), shape
-        if self.last is None:
-            self.graph.insert_before(self.scatter, node)
-        else:
-            self.graph.insert_after(self.last, node)
-            self.last = node
-        return out
+def _bytes(value: ir.Value) -> int:
+    """Of a batch of 1."""
+    return math.prod(list(value.shape)[1:]) * value.dtype.numpy().itemsize

@@ -37,14 +37,17 @@ def attend(
     logits = queries @ keys.swapaxes(-1, -2) * (size**-0.5 if scale is None else scale)
     if softcap:
         logits = softcap * np.tanh(logits / softcap)
-    at = np.arange(tokens - queries.shape[1], tokens)[:, None]
-    seen = np.arange(tokens) <= at
-    if window:
-        seen &= np.arange(tokens) > at - window
-    logits = np.where(seen, logits, -np.inf)
+    logits = np.where(seen_by(queries.shape[1], tokens, window), logits, -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     return Attended(weights @ values, weights, logits)
+
+
+def seen_by(queries: int, tokens: int, window: int = 0) -> np.ndarray:
+    """Which of T tokens each of the last S sees, bool [S,T]."""
+    at = np.arange(tokens - queries, tokens)[:, None]
+    seen = np.arange(tokens) <= at
+    return seen & (np.arange(tokens) > at - window) if window else seen
 
 
 def attend_cache(

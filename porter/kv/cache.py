@@ -185,6 +185,20 @@ class Cache:
                 parts[part] = buffer[row][:, slots[:: side.flush] // side.flush if grouped else slots]
         return parts
 
+    def steps(self, name: str, row: int) -> np.ndarray:
+        """The steps of each token of a row, float32 [H,length,G]; for a side without windows, in groups along
+        channels."""
+        return self.state[f"{name}_scale"][row][:, : self.lengths[row]].astype(np.float32)
+
+    def query(self, queries: np.ndarray) -> np.ndarray:
+        """Queries [Hq,S,D] as they meet the stored keys, float32: times the normalizer, and turned."""
+        by_head = np.asarray(queries, np.float32).reshape(self.heads, -1, self.head_size)
+        if self.scheme.normalize:
+            by_head = by_head * self.constants.normalizer[:, None]
+        if self._matrices["key"] is not None:
+            by_head = turn(by_head, self._matrices["key"]).astype(np.float32)
+        return by_head.reshape(queries.shape)
+
     def keys(self, row: int) -> np.ndarray:
         """A row's keys as they are read, float64 [H,length,D]: turned back, and multiplied by the
         normalizer."""

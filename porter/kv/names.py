@@ -2,12 +2,12 @@
 
     innerq recent=64 key=int8 value=int4-g32 rotate keep-first=1
 
-A name of `PRESETS` (also `scheme=NAME`) comes first or not at all. Options override it, in any order: what is
-for both sides also holds for those of `key=` and `value=`. These two take the text of a side, or the name of a
-preset whose side it is. A side's text is its element (`uint2+uint4`: tokens with more bits are uint4), then in
-any order `-gN` (groups of N), `-tokens` (groups along tokens), `-fp16` (of steps), `-hybrid`, `-tensor` `-head`
-`-channel` (static), `-mixed`, `-residual`, `-rotate`. Options of both sides: `rotate` (or `rotate=key`,
-`rotate=value`), `scales=fp16`, `static=head`.
+A name of `PRESETS` (also `scheme=NAME`) comes first or not at all. Options override it, in any order: what
+is for both sides also holds for those of `key=` and `value=`. These two take the text of a side, or the name
+of a preset whose side it is. A side's text is its element (`uint2+uint4`: tokens with more bits are uint4),
+then in any order `-gN` (groups of N), `-tokens` (groups along tokens), `-fp16` (of steps), `-hybrid`,
+`-tensor` `-head` `-channel` (static), `-mixed`, `-residual`, `-rotate`. Options of both sides: `rotate` (or
+`rotate=key`, `rotate=value`), `scales=fp16`, `static=head`.
 """
 
 from __future__ import annotations

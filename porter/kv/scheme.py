@@ -123,6 +123,12 @@ class Side:
         return self.element in ASYMMETRIC or self.hybrid
 
     @property
+    def bounded(self) -> bool:
+        """Whether a step bounds the error of its group whatever the values."""
+        plain = not (self.hybrid or self.static or self.more)
+        return self.element in SYMMETRIC and self.along == "channels" and self.scale == "fp32" and plain
+
+    @property
     def flush(self) -> int:
         """How many tokens are rounded together."""
         return self.group if self.along == "tokens" else 1
@@ -145,7 +151,9 @@ class Scheme:
     `recent` newest and `sink` first tokens of each row stay in `high` precision; so do the first `keep_first`
     and last `keep_last` layers. `normalize`: keys are divided by a constant of each channel, and queries
     multiplied by it. `share`: the share of tokens that may have `more` bits. `copy`: the type of an exact
-    copy beside the codes, which a step whose error bound is too large is computed from, or "".
+    copy beside the codes, from which a step is computed whose error bound is too large, or "". The bound
+    (`porter.kv.bounds`) is for symmetric integers in groups along channels with fp32 steps: appending a token
+    touches that token alone, and nothing is ever clipped.
     Raises PassError PORT-0271.
     """
 
@@ -168,7 +176,11 @@ class Scheme:
             (not 0 <= self.share <= 1, "share is between 0 and 1"),
             (bool(self.key.more) != bool(self.value.more), "both sides give tokens more bits, or neither"),
             (self.share > 0 and not self.key.more, "share is for tokens with more bits"),
-        ]
+            (bool(self.copy) and not (self.key.bounded and self.value.bounded),
+             "an exact copy is for symmetric integers along channels with fp32 steps that are not static"),
+            (bool(self.copy) and self.recent + self.sink > 0,
+             "there are no windows beside an exact copy"),
+        ]  # fmt: skip
         for wrong, what in faults:
             if wrong:
                 raise PassError("PORT-0271", what, hint="see porter/kv/scheme.py")

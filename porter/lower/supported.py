@@ -21,6 +21,9 @@ OPERATORS: frozenset[str] = frozenset(
     """.split()  # noqa: SIM905
 )
 
+# Functions of a body each, by what their names begin with.
+PREFIXES: tuple[str, ...] = ("porter.AppendCache_", "porter.ReadCache_")
+
 # As onnx_ir.DataType spells them.
 TYPES: frozenset[str] = frozenset(
     """

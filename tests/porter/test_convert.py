@@ -20,7 +20,7 @@ from porter.bundle import Bundle
 from porter.convert import Options, convert
 from porter.diff import diff
 from porter.drift.measure import Runnable
-from porter.errors import DriftError, OptionError, PorterError, SpecError
+from porter.errors import DriftError, OptionError, PassError, PorterError, SpecError
 from porter.generate import stream
 from porter.run.decode import generate
 
@@ -205,7 +205,10 @@ def test_over_budget(stories_onnx: Path, tmp_path: Path, keep: bool) -> None:
     [
         (Options(target="nochip"), SpecError),
         (Options(weights="int5"), OptionError),
-        (Options(kv="kivi2"), OptionError),
+        (Options(kv="kivi9"), OptionError),
+        (Options(kv="triaxial"), OptionError),
+        (Options(kv="kivi2 recent=many"), PassError),
+        (Options(kv="key=int9"), PassError),
         (Options(budget="speed=1"), OptionError),
         (Options(data="no-such-file.txt"), OptionError),
     ],

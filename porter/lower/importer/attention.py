@@ -15,11 +15,12 @@ from porter.lower.importer.parts import joined
 from porter.lower.importer.precision import cast, in_float32
 from porter.lower.importer.program import Importer
 from porter.lower.importer.quantized import shape_of
-from porter.lower.importer.values import Quantized, Value
+from porter.lower.importer.values import Quantized, StoredCache, Value
 from porter.lower.kernels import attention as kernels
 from porter.lower.kernels.cache import append
 from porter.lower.kernels.norm import rms_norm
 from porter.lower.kernels.rotary import rotary
+from porter.lower.kernels.stored import Source
 
 op = relax.op
 
@@ -42,7 +43,8 @@ def _attention(
         )
     query, folded = _four_d(imp, node, imp.tensor(q), "q_num_heads")
     key, value = (_cached(imp, node, *pair) for pair in ((k, past_key), (v, past_value)))
-    (keys, k_args, k_dims), (values, v_args, _) = _reading(imp, key), _reading(imp, value)
+    total = None if lengths is None else imp.tensor(lengths)
+    (keys, k_args, k_dims), (values, v_args, _) = (_reading(imp, x, total) for x in (key, value))
     batch, heads, steps, width = imp.shape(query)
     given = attribute(node, "scale")
     spec = kernels.Attention(
@@ -86,12 +88,18 @@ def _four_d(imp: Importer, node: ir.Node, x: relax.Expr, heads: str) -> tuple[re
 
 def _cached(imp: Importer, node: ir.Node, new: Value, past: Value | None) -> Value:
     """Keys or values, those of the past before them."""
-    new = new if isinstance(new, Quantized) else _four_d(imp, node, imp.tensor(new), "kv_num_heads")[0]
+    if not isinstance(new, Quantized | StoredCache):
+        new = _four_d(imp, node, imp.tensor(new), "kv_num_heads")[0]
     return new if past is None else joined(imp, [imp.tensor(past), imp.tensor(new)], 2)
 
 
-def _reading(imp: Importer, value: Value) -> tuple[kernels.Cache, list[relax.Expr], list[Any]]:
-    """How the kernel reads keys or values, its arguments, and their dimensions as floats."""
+def _reading(
+    imp: Importer, value: Value, total: relax.Expr | None
+) -> tuple[Source, list[relax.Expr], list[Any]]:
+    """How the kernel reads keys or values, its arguments, and their dimensions as floats. A stored cache is
+    read as it is where its rows are as long as the attention's."""
+    if isinstance(value, StoredCache) and value.total is total:
+        return value.spec, list(value.args), list(value.shape)
     if isinstance(value, Quantized):
         dims = shape_of(imp, value)
         one_scale_per_token = len(dims) == 4 and value.axis == 3 and value.block == dims[3]
@@ -100,7 +108,19 @@ def _reading(imp: Importer, value: Value) -> tuple[kernels.Cache, list[relax.Exp
         if one_scale_per_token and known and imp.dtype(value.scales) == "float32":
             return kernels.Cache(value.codec, dims[3]), [value.codes, value.scales], dims
     tensor = imp.tensor(value)
-    return kernels.Cache("fp32", imp.shape(tensor)[3]), [tensor], imp.shape(tensor)
+    narrow = _narrow(imp, tensor)
+    codec = {"float16": "fp16", "bfloat16": "bf16"}.get(str(narrow.ty.dtype), "fp32")
+    return kernels.Cache(codec, imp.shape(tensor)[3]), [narrow], imp.shape(tensor)
+
+
+def _narrow(imp: Importer, tensor: relax.Expr) -> relax.Expr:
+    """What a tensor was widened from, if it was: the kernel widens what it reads."""
+    made = imp.builder.lookup_binding(tensor) if isinstance(tensor, relax.DataflowVar) else None
+    if isinstance(made, relax.Call) and getattr(made.op, "name", "") == "relax.astype":
+        source = made.args[0]
+        if str(source.ty.dtype) in ("float16", "bfloat16"):
+            return source
+    return tensor
 
 
 def _masking(

@@ -11,7 +11,7 @@ from tvm import relax
 
 from porter.errors import TargetError
 from porter.lower.importer.program import DTYPES, Importer
-from porter.lower.importer.values import Ints, Picked, Quantized, Sequence, Value, Weight
+from porter.lower.importer.values import Ints, Picked, Quantized, Sequence, StoredCache, Value, Weight
 
 NARROW = ("float16", "bfloat16")
 
@@ -58,7 +58,7 @@ def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 def _float_type(value: Value | None) -> str | None:
     """The float type of a tensor or a constant; None for all else, codes with scales among it."""
     value = value.stack if isinstance(value, Picked) else value
-    if value is None or isinstance(value, Ints | Quantized | Sequence):
+    if value is None or isinstance(value, Ints | Quantized | Sequence | StoredCache):
         return None
     found = DTYPES.get(value.type, "") if isinstance(value, Weight) else str(value.ty.dtype)
     return found if "float" in found else None

@@ -14,7 +14,7 @@ from tvm.ir import Constant, Expr
 
 from porter.errors import ModelError, PorterError, TargetError
 from porter.lower.importer.dimensions import Dimensions
-from porter.lower.importer.values import Ints, Picked, Quantized, Sequence, Value, Weight
+from porter.lower.importer.values import Ints, Picked, Quantized, Sequence, StoredCache, Value, Weight
 from porter.lower.kernels import integers
 from porter.lower.kernels.copy import copied
 from porter.lower.weights import Parameter, Weights
@@ -131,6 +131,10 @@ class Importer:
             from porter.lower.importer.experts import matrices
 
             return matrices(self, value)
+        if isinstance(value, StoredCache):
+            from porter.lower.importer.caches import read
+
+            return read(self, value)
         if isinstance(value, Sequence):
             raise TargetError("PORT-0415", "a sequence stands where a tensor belongs", where=self.current)
         return value
@@ -184,11 +188,25 @@ class Importer:
             self._written[result] = owner
         return result
 
-    def lent(self, node: ir.Node) -> bool:
-        """May `node` overwrite its first input? If it is the graph's, comes back, and has no other reader."""
-        value = node.inputs[0]
+    def overwrite_all(
+        self, kernel: relax.GlobalVar, args: list[relax.Expr], owners: list[str | None]
+    ) -> tuple[relax.Var, ...]:
+        """Bind the first arguments, as many as there are `owners`, once a kernel has written to them."""
+        count = len(owners)
+        if count == 1:
+            return (self.overwrite(kernel, args, owners[0]),)
+        types = [a.ty for a in args[:count]]
+        results = self.emit(relax.op.call_tir_inplace(kernel, args, list(range(count)), types))
+        parts = tuple(self.emit(relax.TupleGetItem(results, i)) for i in range(count))
+        self._written |= {part: owner for part, owner in zip(parts, owners, strict=True) if owner is not None}
+        return parts
+
+    def lent(self, node: ir.Node, number: int = 0) -> bool:
+        """May `node` overwrite this input, and answer it at the same place? If it is the graph's, comes back,
+        and has no other reader."""
+        value = node.inputs[number]
         readers = [use.node for use in value.uses() if use.node.op_type not in ("Shape", "Size")]
-        returned = node.outputs[0].is_graph_output() and not value.is_graph_output()
+        returned = node.outputs[number].is_graph_output() and not value.is_graph_output()
         return value in self.given and len(readers) == 1 and returned
 
     def copied(self, tensor: relax.Expr, dtype: str = "") -> relax.Var:
@@ -200,7 +218,7 @@ class Importer:
 
     def shape(self, value: Value) -> list[Any]:
         """Dimensions, as ints and expressions."""
-        if isinstance(value, Weight):
+        if isinstance(value, Weight | StoredCache):
             return list(value.shape)
         if isinstance(value, Ints):
             return list(value.values.shape)
@@ -231,6 +249,8 @@ class Importer:
             return self.dtype(value.stack)
         if isinstance(value, Quantized):
             return self._dtype_of_codes(value)
+        if isinstance(value, StoredCache):
+            return "float32"
         return value.dtype if isinstance(value, Ints) else str(self.tensor(value).ty.dtype)
 
     def _dtype_of_codes(self, value: Quantized) -> str:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from porter.lower.importer import (
     attention,
     borrowed,
+    caches,
     casts,
     dynamic,
     elementwise,
@@ -45,4 +46,8 @@ TABLES: dict[str, dict[str, Function]] = {
 def function_for(node: ir.Node) -> Function | None:
     """The importer of a node's operator, or None."""
     domain = "" if node.domain == "ai.onnx" else node.domain
+    if domain == "porter":  # functions of a body each, by what their names begin with
+        for prefix, function in caches.PREFIXES.items():
+            if node.op_type.startswith(prefix):
+                return function
     return TABLES.get(domain, {}).get(node.op_type)

@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax, tirx
 
+from porter.lower.kernels.stored import Stored
+
 
 @dataclass(frozen=True)
 class Ints:
@@ -129,6 +131,18 @@ class Picked:
 
 
 @dataclass(frozen=True)
+class StoredCache:
+    """One side of a `porter.kv` scheme's buffers, `shape` [b, heads, capacity, head size] as floats, not yet
+    read. `spec` is the kernels' `Stored`; `args` are the buffers it reads; `total` is int64 [b], the tokens
+    of each row."""
+
+    spec: Stored
+    args: tuple[relax.Expr, ...]
+    total: relax.Expr
+    shape: tuple[object, ...]
+
+
+@dataclass(frozen=True)
 class Sequence:
     """An ONNX sequence whose length is known."""
 
@@ -145,7 +159,7 @@ def read(value: ir.Value) -> np.ndarray:
     return array
 
 
-Value = Sequence | relax.Expr | Ints | Weight | Quantized | Picked
+Value = Sequence | relax.Expr | Ints | Weight | Quantized | Picked | StoredCache
 
 
 def _plain(value: object) -> object:

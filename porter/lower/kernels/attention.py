@@ -1,8 +1,10 @@
-"""Attention over a float or quantized cache in one pass over the keys; codes are decoded in registers.
+"""Attention over a float or quantized cache in one pass over the keys, a tile of tokens at a time.
 
     y = softmax(softcap(scale * q kᵀ) + mask) v
 
-with running maximum and sum (online softmax: Milakov & Gimelshein 2018; Dao 2022).
+with running maximum and sum (online softmax: Milakov & Gimelshein 2018; Dao 2022). A tile is decoded once for
+all query heads that share its KV head. With one query, the context is cut in pieces that run in parallel, and
+their maxima, sums and outputs are merged (Flash-Decoding: Dao et al. 2023).
 
 Layouts are ONNX's: q [b, hq, s, d], k [b, hk, t, d], v [b, hk, t, dv]; hq is a multiple of hk (grouped
 queries).
@@ -10,15 +12,16 @@ queries).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from porter.lower.kernels.codecs import CODECS
 from porter.lower.kernels.define import (
     Dim,
     Expr,
     Spec,
+    T,
     define,
     exp_below_zero,
     f32,
@@ -29,30 +32,15 @@ from porter.lower.kernels.define import (
     tanh,
     tirx,
 )
+from porter.lower.kernels.stored import LANES, Cache, Source, Tile
 
-TILE = 8  # keys between two rescalings of the accumulator
+TILE = 32  # tokens decoded at a time, between two rescalings: 16 kB of float32 at head size 128
+ROWS = 8  # at most so many query heads share a decoded tile
+TASKS = 16  # one query's heads and pieces of the context: something for so many cores
 # A finite "minus infinity": exp(-inf - LOWEST) is 0, exp(-inf - -inf) would be NaN. It is the lowest float32
 # because that is what exporters put into masks: a row in which every key has it is spread evenly, as by
 # softmax.
 LOWEST = float(np.finfo(np.float32).min)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """How keys or values are stored: a codec, and for codes one float32 scale per token and head."""
-
-    codec: str = "fp32"
-    width: int = 0  # head size
-
-    def buffers(self, name: str, heads: int, length: Dim) -> list[Spec]:
-        """Codes [b, heads, length, words], then scales [b, heads, length, 1] where the codec needs them."""
-        codec = CODECS[self.codec]
-        codes: Spec = (name, ("b", heads, length, codec.words(self.width)), codec.storage)
-        return (
-            [codes]
-            if self.codec == "fp32"
-            else [codes, (f"{name}_scale", ("b", heads, length, 1), "float32")]
-        )
 
 
 @dataclass(frozen=True)
@@ -67,8 +55,8 @@ class Attention:
 
     query_heads: int
     heads: int
-    key: Cache
-    value: Cache
+    key: Source
+    value: Source
     length: Dim
     scale: float
     causal: bool = False
@@ -80,8 +68,11 @@ class Attention:
     @property
     def name(self) -> str:
         """The kernel's name, readable in a plan; the module makes it unique."""
-        heads, codecs = f"h{self.query_heads}_{self.heads}", f"{self.key.codec}_{self.value.codec}"
+        heads, codecs = f"h{self.query_heads}_{self.heads}", f"{self.key.label}_{self.value.label}"
         return f"attention_{heads}_d{self.key.width}_{codecs}"
+
+
+__all__ = ["Attention", "Cache", "attention", "with_mask"]
 
 
 def with_mask(spec: Attention, shape: tuple[Dim, ...], dtype: str) -> Attention:
@@ -90,7 +81,7 @@ def with_mask(spec: Attention, shape: tuple[Dim, ...], dtype: str) -> Attention:
 
 
 def attention(spec: Attention) -> tirx.PrimFunc:
-    """q, k (, k_scale), v (, v_scale) (, lengths) (, mask) -> y [b, hq, s, dv]; no key seen gives zeros."""
+    """q, keys…, values… (, lengths) (, mask) -> y [b, hq, s, dv]; no key seen gives zeros."""
     key = spec.key.buffers("k", spec.heads, spec.length)
     value = spec.value.buffers("v", spec.heads, spec.length)
     buffers: list[Spec] = [("q", ("b", spec.query_heads, "s", spec.key.width), "float32"), *key, *value]
@@ -102,114 +93,249 @@ def attention(spec: Attention) -> tirx.PrimFunc:
     names = [n for n, _, _ in buffers]
 
     def body(*args, **dims):
-        _rows(spec, dict(zip(names, args, strict=True)), dims)
+        _Kernel(spec, dict(zip(names, args, strict=True)), dims).emit()
 
     return define(spec.name, buffers, body)
 
 
-def _rows(spec: Attention, at: dict[str, tirx.Buffer], dims: dict[str, tirx.Var]) -> None:
-    """One softmax row per (batch, query head, query), batch and heads in parallel."""
-    total = dims[spec.length] if isinstance(spec.length, str) else i64(spec.length)
-    with loop(dims["b"] * i64(spec.query_heads), "parallel") as bh:
-        b, h = bh // i64(spec.query_heads), bh % i64(spec.query_heads)
-        with loop(dims["s"]) as i:
-            seen = at["lengths"][b] if spec.offset == "lengths" else total
-            if spec.causal:
-                first = {"start": i64(0), "end": total - dims["s"], "lengths": seen - dims["s"]}[spec.offset]
-                seen = tirx.min(seen, first + i + i64(1))
-            # A wrong length must not read what lies beside the cache.
-            _row(spec, at, b, h, i, tirx.max(tirx.min(seen, total), i64(0)))
+def _up(size: int) -> int:
+    return -(-size // LANES) * LANES
 
 
-def _row(spec: Attention, at: dict[str, tirx.Buffer], b: Expr, h: Expr, i: Expr, seen: Expr) -> None:
-    query, out, score = local(spec.key.width), local(spec.value.width), local(TILE)
-    top, new_top, total, fade = local(1), local(1), local(1), local(1)
-    head = h // i64(spec.query_heads // spec.heads)
-    with loop(spec.key.width, "vectorized") as d:
-        store(query, at["q"][b, h, i, d], d)
-    with loop(spec.value.width, "vectorized") as d:
-        store(out, f32(0), d)
-    store(top, f32(LOWEST), 0)
-    store(total, f32(0), 0)
-    with loop((seen + i64(TILE - 1)) // i64(TILE)) as tile:
-        first = tile * i64(TILE)
-        store(new_top, top[0], 0)
-        with loop(TILE) as j:
-            index = tirx.min(first + j, seen - i64(1))
-            dot = _dot(spec.key, at, query, b, head, index) * f32(spec.scale)
-            value = _masked(spec, at, _softcap(spec, dot), b, h, i, index)
-            store(score, tirx.Select(first + j < seen, value, f32(float("-inf"))), j)
-            store(new_top, tirx.max(new_top[0], score[j]), 0)
-        store(fade, exp_below_zero(top[0] - new_top[0]), 0)
-        store(top, new_top[0], 0)
-        with loop(TILE, "vectorized") as j:
-            store(score, exp_below_zero(score[j] - new_top[0]), j)
-        store(total, total[0] * fade[0], 0)
-        with loop(spec.value.width, "vectorized") as d:
-            store(out, out[d] * fade[0], d)
-        with loop(TILE) as j:
-            store(total, total[0] + score[j], 0)
-            index = tirx.min(first + j, seen - i64(1))
-            _add_value(spec.value, at, out, score[j], b, head, index)
-    with loop(spec.value.width, "vectorized") as d:
-        store(at["y"], tirx.Select(total[0] > f32(0), out[d] / total[0], f32(0)), b, h, i, d)
+@dataclass(frozen=True)
+class _Kernel:
+    """The body. A task is a query of some heads of one KV head (`rows`, alike in what they see) and a piece
+    of the context; tasks are parallel."""
+
+    spec: Attention
+    at: dict[str, tirx.Buffer]
+    dims: dict[str, tirx.Var]
+
+    @property
+    def rows(self) -> int:
+        """Query heads of a task."""
+        shared = self.spec.query_heads // self.spec.heads
+        return max(n for n in range(1, ROWS + 1) if shared % n == 0)
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of the context where there is one query."""
+        return -(-TASKS // (self.spec.query_heads // self.rows))
+
+    def emit(self) -> None:
+        spec, steps = self.spec, self.dims["s"]
+        blocks = spec.query_heads // self.rows
+        tasks = self.dims["b"] * i64(blocks) * steps
+        if self.pieces == 1:
+            with loop(tasks, "parallel") as task:
+                place = self._place(task, blocks)
+                state = self._piece(place, i64(0), i64(1))
+                self._result(place, state)
+            return
+        pieces = tirx.Select(steps == i64(1), i64(self.pieces), i64(1))
+        width = _up(spec.value.width)
+        outs = T.alloc_buffer((tasks * pieces, self.rows * width), "float32")
+        ends = T.alloc_buffer((tasks * pieces, 2 * self.rows), "float32")
+        with loop(tasks * pieces, "parallel") as part:
+            state = self._piece(self._place(part // pieces, blocks), part % pieces, pieces)
+            with loop(self.rows * width, "vectorized") as v:
+                store(outs, state.out[v], part, v)
+            for r in range(self.rows):
+                store(ends, state.top[r], part, r)
+                store(ends, state.total[r], part, self.rows + r)
+        with loop(tasks, "parallel") as task:
+            state = _State(self.rows, width)
+            with loop(pieces) as piece:
+                part = task * pieces + piece
+                self._merge(state, outs, ends, part)
+            self._result(self._place(task, blocks), state)
+
+    def _place(self, task: Expr, blocks: int) -> _Place:
+        steps = self.dims["s"]
+        block = task // steps % i64(blocks)
+        head = block * i64(self.rows)
+        shared = i64(self.spec.query_heads // self.spec.heads)
+        return _Place(task // steps // i64(blocks), head, head // shared, task % steps)
+
+    def _merge(self, state: _State, outs: tirx.Buffer, ends: tirx.Buffer, part: Expr) -> None:
+        """Add a piece: what has the smaller maximum fades."""
+        for r in range(self.rows):
+            top, fade, gain = local(1), local(1), local(1)
+            store(top, tirx.max(state.top[r], ends[part, r]), 0)
+            store(fade, exp_below_zero(state.top[r] - top[0]), 0)
+            store(gain, exp_below_zero(ends[part, r] - top[0]), 0)
+            store(state.top, top[0], r)
+            store(state.total, state.total[r] * fade[0] + ends[part, self.rows + r] * gain[0], r)
+            with loop(state.width, "vectorized") as v:
+                d = i64(r * state.width) + v
+                store(state.out, state.out[d] * fade[0] + outs[part, d] * gain[0], d)
+
+    def _result(self, place: _Place, state: _State) -> None:
+        for r in range(self.rows):
+            with loop(self.spec.value.width, "vectorized") as d:
+                value = state.out[i64(r * state.width) + d] / state.total[r]
+                value = tirx.Select(state.total[r] > f32(0), value, f32(0))
+                store(self.at["y"], value, place.b, place.head + i64(r), place.i, d)
+
+    def _piece(self, place: _Place, piece: Expr, pieces: Expr) -> _State:
+        """The softmax over one of `pieces` pieces of what the query sees, piece by tiles."""
+        spec, steps = self.spec, self.dims["s"]
+        whole = self.dims[spec.length] if isinstance(spec.length, str) else i64(spec.length)
+        total = self.at["lengths"][place.b] if spec.offset == "lengths" else whole
+        # A wrong length must not read what lies beside the cache.
+        total_here = tirx.max(tirx.min(total, whole), i64(0))
+        seen = total
+        if spec.causal:
+            first = {"start": i64(0), "end": whole - steps, "lengths": seen - steps}[spec.offset]
+            seen = tirx.min(seen, first + place.i + i64(1))
+        seen = tirx.max(tirx.min(seen, total_here), i64(0))
+        each = (seen + pieces * i64(TILE) - i64(1)) // (pieces * i64(TILE)) * i64(TILE)
+        begin, end = piece * each, tirx.min((piece + i64(1)) * each, seen)
+        key_width, width = _up(spec.key.width), _up(spec.value.width)
+        query, state = local(self.rows * key_width), _State(self.rows, width)
+        scores, tile = local(self.rows * TILE), local(TILE * max(key_width, width))
+        for r in range(self.rows):
+            for d in range(spec.key.width, key_width):
+                store(query, f32(0), r * key_width + d)
+            with loop(spec.key.width, "vectorized") as d:
+                value = self.at["q"][place.b, place.head + i64(r), place.i, d] * f32(spec.scale)
+                store(query, value, i64(r * key_width) + d)
+        keys, values = Tile(tile, key_width), Tile(tile, width)
+        with loop(tirx.max(end - begin + i64(TILE - 1), i64(0)) // i64(TILE)) as number:
+            first = begin + number * i64(TILE)
+            last = tirx.min(first + i64(TILE), end)
+            row = (place.b, place.kv)
+            self._clear(keys, spec.key.width)
+            spec.key.fill(self.at, "k", keys, row, (first, last), total_here)
+            self._scores(scores, query, keys)
+            self._softmax(scores, state, place, first, last - first)
+            spec.value.fill(self.at, "v", values, row, (first, last), total_here)
+            self._weigh(state, scores, values, last - first)
+        return state
+
+    def _clear(self, tile: Tile, width: int) -> None:
+        """Channels past the width, which values may have overwritten: 0 times anything but NaN is 0."""
+        if tile.padded > width:
+            with loop(TILE) as t:
+                for d in range(width, tile.padded):
+                    store(tile.rows, f32(0), tile.at(t, d, 1))
+
+    def _scores(self, scores: tirx.Buffer, query: tirx.Buffer, keys: Tile) -> None:
+        """scores[r, t] = query r · key t, a few tokens at a time; rows of the tile past the last token are
+        anything."""
+        tokens = next(n for n in (8, 4, 2, 1) if n * self.rows <= 8 or n == 1)
+        count = tokens * self.rows
+        with loop(TILE // tokens) as number:
+            t, sums = number * i64(tokens), local(count * LANES)
+            with loop(count * LANES, "vectorized") as v:
+                store(sums, f32(0), v)
+            with loop(keys.padded // LANES) as chunk:
+                d = chunk * i64(LANES)
+                for r in range(self.rows):
+                    q = query[T.ramp(i64(r * keys.padded) + d, 1, LANES)]
+                    for j in range(tokens):
+                        at = T.ramp(i64((r * tokens + j) * LANES), 1, LANES)
+                        key = keys.rows[keys.at(t + i64(j), d, LANES)]
+                        T.buffer_store(sums, sums[at] + q * key, [at])
+            found = _added(sums, count)
+            for r in range(self.rows):
+                for j in range(tokens):
+                    store(scores, found[r * tokens + j], i64(r * TILE + j) + t)
+
+    def _softmax(self, scores: tirx.Buffer, state: _State, place: _Place, first: Expr, count: Expr) -> None:
+        """Scores to weights under the new maximum; the sums so far fade."""
+        spec, halves = self.spec, local(TILE)
+        for r in range(self.rows):
+            at, top = i64(r * TILE), local(1)
+            if spec.softcap or spec.mask:
+                with loop(TILE) as t:
+                    value = scores[at + t]
+                    if spec.softcap:
+                        value = tanh(value / f32(spec.softcap)) * f32(spec.softcap)
+                    where = (place.b, place.head + i64(r), place.i, first + tirx.min(t, count - i64(1)))
+                    store(scores, self._masked(value, where), at + t)
+            with loop(TILE, "vectorized") as t:
+                store(scores, tirx.Select(t < count, scores[at + t], f32(float("-inf"))), at + t)
+            store(top, tirx.max(state.top[r], _folded(scores, at, halves, tirx.max)), 0)
+            store(state.fade, exp_below_zero(state.top[r] - top[0]), r)
+            store(state.top, top[0], r)
+            with loop(TILE, "vectorized") as t:
+                store(scores, exp_below_zero(scores[at + t] - top[0]), at + t)
+            added = _folded(scores, at, halves, lambda a, b: a + b)
+            store(state.total, state.total[r] * state.fade[r] + added, r)
+
+    def _masked(self, value: Expr, where: tuple[Expr, ...]) -> Expr:
+        spec = self.spec
+        if not spec.mask:
+            return value
+        index = [i64(0) if dim == 1 else i for dim, i in zip(spec.mask, where, strict=True)]
+        mask = self.at["mask"][tuple(index)]
+        return tirx.Select(mask, value, f32(float("-inf"))) if spec.mask_dtype == "bool" else value + mask
+
+    def _weigh(self, state: _State, scores: tirx.Buffer, values: Tile, count: Expr) -> None:
+        """out = out * fade + weights · values."""
+        lanes = 2 * LANES if values.padded % (2 * LANES) == 0 and self.rows <= 4 else LANES
+        with loop(values.padded // lanes) as chunk:
+            d, sums = chunk * i64(lanes), local(self.rows * lanes)
+            with loop(self.rows * lanes, "vectorized") as v:
+                store(sums, f32(0), v)
+            with loop(count) as t:
+                for r in range(self.rows):
+                    at = T.ramp(i64(r * lanes), 1, lanes)
+                    weight = T.broadcast(scores[i64(r * TILE) + t], lanes)
+                    T.buffer_store(sums, sums[at] + weight * values.rows[values.at(t, d, lanes)], [at])
+            for r in range(self.rows):
+                at = T.ramp(i64(r * values.padded) + d, 1, lanes)
+                faded = state.out[at] * T.broadcast(state.fade[r], lanes)
+                T.buffer_store(state.out, faded + sums[T.ramp(i64(r * lanes), 1, lanes)], [at])
 
 
-def _softcap(spec: Attention, value: Expr) -> Expr:
-    return tanh(value / f32(spec.softcap)) * f32(spec.softcap) if spec.softcap else value
+@dataclass(frozen=True)
+class _Place:
+    """A task's batch row, first query head, KV head and query."""
+
+    b: Expr
+    head: Expr
+    kv: Expr
+    i: Expr
 
 
-def _masked(
-    spec: Attention,
-    at: dict[str, tirx.Buffer],
-    value: Expr,
-    b: Expr,
-    h: Expr,
-    i: Expr,
-    j: Expr,
-) -> Expr:
-    if not spec.mask:
-        return value
-    index = [i64(0) if dim == 1 else where for dim, where in zip(spec.mask, (b, h, i, j), strict=True)]
-    mask = at["mask"][tuple(index)]
-    return tirx.Select(mask, value, f32(float("-inf"))) if spec.mask_dtype == "bool" else value + mask
+class _State:
+    """Of each row: the largest score, the sum of weights, what they faded by last, and the weighted sum of
+    values."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        self.width = width
+        self.top, self.total, self.fade, self.out = local(rows), local(rows), local(rows), local(rows * width)
+        for r in range(rows):
+            store(self.top, f32(LOWEST), r)
+            store(self.total, f32(0), r)
+        with loop(rows * width, "vectorized") as v:
+            store(self.out, f32(0), v)
 
 
-def _dot(cache: Cache, at: dict[str, tirx.Buffer], query: tirx.Buffer, b: Expr, head: Expr, j: Expr) -> Expr:
-    """Emit q · k[j] and return it; the partial sums stand in lanes, so the loop is one vector operation."""
-    codec = CODECS[cache.codec]
-    words = codec.words(cache.width)
-    lanes = next(n for n in (16, 8, 4, 2, 1) if words % n == 0)
-    partial = local(lanes)
-    with loop(lanes, "vectorized") as v:
-        store(partial, f32(0), v)
-    with loop(words // lanes) as chunk:
-        for which in range(codec.unit):
-            with loop(lanes, "vectorized") as v:
-                word = chunk * i64(lanes) + v
-                key = codec.decode(lambda _, word=word: at["k"][b, head, j, word], which)
-                store(partial, partial[v] + query[word * i64(codec.unit) + i64(which)] * key, v)
-    while lanes > 1:  # halves are added: lane by lane each addition would wait for the one before
-        lanes //= 2
-        with loop(lanes, "vectorized") as v:
-            store(partial, partial[v] + partial[v + i64(lanes)], v)
-    return partial[0] if cache.codec == "fp32" else partial[0] * at["k_scale"][b, head, j, 0]
+def _folded(values: tirx.Buffer, at: Expr, halves: tirx.Buffer, fold: Callable[[Expr, Expr], Expr]) -> Expr:
+    """A tile's values folded into one, halves first: lane by lane each would wait for the one before."""
+    size = TILE // 2
+    with loop(size, "vectorized") as v:
+        store(halves, fold(values[at + v], values[at + v + i64(size)]), v)
+    while size > 1:
+        size //= 2
+        with loop(size, "vectorized") as v:
+            store(halves, fold(halves[v], halves[v + i64(size)]), v)
+    return halves[0]
 
 
-def _add_value(
-    cache: Cache,
-    at: dict[str, tirx.Buffer],
-    out: tirx.Buffer,
-    weight: Expr,
-    b: Expr,
-    head: Expr,
-    j: Expr,
-) -> None:
-    """out += weight * v[j]."""
-    codec = CODECS[cache.codec]
-    weight = weight if cache.codec == "fp32" else weight * at["v_scale"][b, head, j, 0]
-    for which in range(codec.unit):
-        with loop(codec.words(cache.width), "vectorized") as word:
-            d = word * i64(codec.unit) + i64(which)
-            value = codec.decode(lambda _, word=word: at["v"][b, head, j, word], which)
-            store(out, out[d] + weight * value, d)
+def _added(sums: tirx.Buffer, count: int) -> tirx.Buffer:
+    """The sum of each of `count` registers: registers are added in pairs, so that one holds eight sums."""
+    vectors = [sums[T.ramp(i64(i * LANES), 1, LANES)] for i in range(count)]
+    neighbours = [(0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15)]
+    halves = [(0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)]
+    for order in (neighbours, neighbours, halves):
+        vectors += vectors[-1:] * (len(vectors) % 2)
+        kept = local(len(vectors) // 2 * LANES)
+        for i, (a, b) in enumerate(zip(vectors[::2], vectors[1::2], strict=True)):
+            both = [tirx.Shuffle([a, b], [tirx.IntImm("int32", lane) for lane in lanes]) for lanes in order]
+            T.buffer_store(kept, both[0] + both[1], [T.ramp(i64(i * LANES), 1, LANES)])
+        vectors = [kept[T.ramp(i64(i * LANES), 1, LANES)] for i in range(len(vectors) // 2)]
+    return kept

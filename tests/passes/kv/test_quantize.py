@@ -198,14 +198,16 @@ def test_a_model_without_a_static_cache_is_refused():
         QuantizeCache().run(decoders.tiny_decoder(), Context())
 
 
-def test_an_odd_head_size_has_no_int4():
-    model = decoders.tiny_decoder(heads=2, kv_heads=1, head_size=7, positions="learned")
-    StaticCache(capacity=CAPACITY).run(model, Context())
-    before = ir.to_proto(model).SerializeToString()
-    with pytest.raises(PassError, match=r"PORT-0264.*head size is 7.*past_key_values\.0\.key"):
-        QuantizeCache("int4").run(model, Context())
-    assert ir.to_proto(model).SerializeToString() == before
-    assert QuantizeCache("int8").run(model, Context()) == 4
+def test_why_there_is_no_static_cache_is_said():
+    """A mask, as of sliding windows, keeps the cache from becoming static."""
+    model = decoders.tiny_decoder()
+    for node in [n for n in model.graph if n.op_type == "Attention"]:
+        mask = ir.Value(name=f"mask_{node.name}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1]))
+        model.graph.inputs.append(mask)
+        node.replace_input_with(3, mask)
+    assert StaticCache(capacity=CAPACITY).run(model, Context()) == 0
+    with pytest.raises(PassError, match=r"PORT-0263.*kv\.static_cache declined: Attention .*it has a mask"):
+        QuantizeCache("kivi2").run(model, Context())
 
 
 def test_a_name_that_is_taken_is_refused():
@@ -220,7 +222,7 @@ def test_a_name_that_is_taken_is_refused():
 
 
 def test_an_unknown_scheme_is_refused():
-    with pytest.raises(PassError, match=r"PORT-0204.*'int3'; there are int8, int4"):
+    with pytest.raises(PassError, match=r"PORT-0270.*'int3'; the schemes are fp32, fp16, bf16, int8, int4"):
         Pipeline.parse("kv.quantize{scheme=int3}")
 
 

@@ -20,7 +20,7 @@ EXTRA = [
     "fp8 static=channel rotate",
     "triaxial recent=5 sink=1",
     "triaxial recent=0 share=0.6",
-    "certified copy=fp16 recent=4",
+    "certified copy=fp16",
 ]
 TEXTS = [*PRESETS, *EXTRA]
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from porter.kv import PRESETS, Cache, Constants, bits_per_value, buffers, bytes_of, parse
 
+DOCS = Path(__file__).parents[3] / "docs" / "kv.md"
 CONSTANTS = Constants(
     np.ones((1, 1, 1), np.float32),
     np.ones((1, 1, 1), np.float32),
@@ -83,8 +86,30 @@ def test_the_buffers_of_innerq_are_those_of_the_documentation():
     }
 
 
+def test_a_cache_shorter_than_its_windows_is_all_window():
+    found = {b.name: b.shape for b in buffers(parse("innerq"), 80, 2, 20)}
+    assert found == {"key_window": (1, 2, 20, 80), "value_window": (1, 2, 20, 80)}
+    assert bits_per_value(parse("innerq"), 80, 2, 20) == 16
+
+
 def test_tokens_with_more_bits_have_room_of_their_own():
     found = {b.name: b.shape for b in buffers(parse("triaxial recent=0 share=0.25"), 64, 1, 100)}
     assert found["key_codes"] == (1, 1, 75, 16)
     assert found["key_more_codes"] == (1, 1, 25, 32)
     assert found["slots"] == (1, 100)
+
+
+def test_the_documentation_lists_every_scheme_with_its_bits(request):
+    def row(name):
+        sizes = [(128, 2048), (128, 32768), (64, 32768)]
+        bits = [f"{bits_per_value(parse(name), size, 8, capacity):.3f}" for size, capacity in sizes]
+        return f"| `{name}` | `{PRESETS[name]}` | {' | '.join(b.rstrip('0').rstrip('.') for b in bits)} |"
+
+    lines = DOCS.read_text("utf-8").splitlines()
+    start = lines.index("|---|---|---|---|---|") + 1
+    end = start + next(i for i, line in enumerate(lines[start:]) if not line)
+    if request.config.getoption("--update-golden"):
+        lines[start:end] = map(row, PRESETS)
+        DOCS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return
+    assert lines[start:end] == [row(name) for name in PRESETS]

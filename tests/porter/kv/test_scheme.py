@@ -36,7 +36,8 @@ def side_or_none(fields):
 def test_the_text_of_every_scheme_reads_back(key, value, counts, normalize):
     key, value = side_or_none(key), side_or_none(value)
     assume(key is not None and value is not None and bool(key.more) == bool(value.more))
-    shared = {"share": 0.3} if key.more else {"copy": "fp32", "high": "bf16"}
+    shared = {"high": "bf16"} | ({"share": 0.3} if key.more else {})
+    shared |= {"copy": "bf16"} if key.bounded and value.bounded and not any(counts[:2]) else {}
     scheme = Scheme(key, value, *counts[:2], "fp16", normalize, *counts[2:])
     scheme = dataclasses.replace(scheme, **shared)
     assert parse(text_of(scheme)) == scheme
@@ -82,6 +83,8 @@ def test_what_cannot_be_read_is_refused(text):
     ["key=int4-tokens", "key=fp16-g32", "key=lloyd4", "key=lloyd4-mixed-rotate", "key=int4-g32-head",
      "key=int8-hybrid", "key=uint4-tensor", "key=int4-residual", "int8 high=int8", "int8 share=0.5",
      "key=uint2+uint4-g32 value=int8", "triaxial share=2", "key=int9",
+     "certified recent=4", "certified sink=1",
+     "int8 copy=fp32 scales=fp16", "fp8 copy=fp32", "certified value=uint4", "certified key=int8-g4-tokens",
      "key=uint2+e4m3fn-g32 value=uint2+uint4"],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(text):

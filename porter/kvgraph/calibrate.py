@@ -1,0 +1,82 @@
+"""A scheme's constants of every layer, from the keys and values that calibration feeds make.
+
+The feeds are for the model as it came; here its caches are static. Their tokens are fed again, from the
+first, into empty caches of the new form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from porter import decoder
+from porter.calibrate import Sweep
+from porter.context import Feeds
+from porter.errors import OptionError
+from porter.kv.constants import Constants, calibrated
+from porter.kv.scheme import Scheme, Side
+from porter.kvgraph.graph import Layer
+from porter.run.feeds import feeds as step
+
+TOKENS = 1 << 14  # of the feeds, the first so many: their keys and values are held a layer at a time
+
+
+def wanted(scheme: Scheme) -> bool:
+    """Whether there are constants to find: static steps, a normalizer, channels that come first."""
+    return scheme.normalize or any(_static(side) for side in (scheme.key, scheme.value))
+
+
+def constants(
+    model: ir.Model, layers: Sequence[Layer], schemes: Sequence[Scheme], feeds: Sequence[Feeds]
+) -> list[Constants]:
+    """Those of each layer; empty where its scheme wants none, or goes without since there are no feeds.
+
+    Raises PassError PORT-0272 when a scheme cannot do without, OptionError PORT-0293 for feeds without the
+    model's tokens.
+    """
+    found = [Constants() for _ in layers]
+    if feeds and any(map(wanted, schemes)):
+        sweep = Sweep(model, list(_adapted(model, feeds)))
+        for i, (layer, scheme) in enumerate(zip(layers, schemes, strict=True)):
+            if wanted(scheme):
+                keys, values = (
+                    np.concatenate([_tokens(a) for a in sweep.advance(layer.scatter(side).inputs[1])], axis=1)
+                    for side in ("key", "value")
+                )
+                found[i] = calibrated(scheme, keys, values)
+    for scheme, made in zip(schemes, found, strict=True):
+        made.check(scheme)
+    return found
+
+
+def _static(side: Side) -> bool:
+    return bool(side.static) or side.mixed
+
+
+def _tokens(x: np.ndarray) -> np.ndarray:
+    """[B,H,S,D] -> float32 [H,B*S,D]."""
+    return np.swapaxes(x, 0, 1).reshape(x.shape[1], -1, x.shape[3]).astype(np.float32)
+
+
+def _adapted(model: ir.Model, feeds: Sequence[Feeds]) -> Iterator[Feeds]:
+    """Feeds of the model with static caches, as many tokens as these hold, TOKENS in all."""
+    known, left = decoder.recognise(model), TOKENS
+    inputs = {v.name: v for v in model.graph.inputs}
+    for feed in feeds:
+        if known.tokens not in feed:
+            hint = "give the feeds of the model as it came"
+            raise OptionError("PORT-0293", f"a calibration feed has no {known.tokens!r}", hint=hint)
+        tokens = feed[known.tokens][:, : known.capacity]
+        batch = len(tokens)
+        caches = {c.past: _empty(inputs[c.past], batch) for c in known.caches}
+        others = {n: feed[n] for n in known.others if n in feed}
+        yield step(known, tokens, 0, caches) | others
+        left -= tokens.size
+        if left <= 0:
+            return
+
+
+def _empty(value: ir.Value, batch: int) -> np.ndarray:
+    return np.zeros((batch, *list(value.shape)[1:]), value.dtype.numpy())

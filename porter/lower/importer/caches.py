@@ -1,0 +1,116 @@
+"""The functions that append to and read one side of a cache scheme's buffers: `porter.kvgraph.functions`.
+
+They are known by the prefix of their names; what they do is said by `scheme` and `side`, and what they hold
+by the buffers' shapes. Their bodies are not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+from tvm import relax
+
+from porter.errors import PassError, TargetError
+from porter.kv.names import parse
+from porter.kv.scheme import Scheme, Side
+from porter.lower.importer.attributes import attribute
+from porter.lower.importer.precision import cast
+from porter.lower.importer.program import Importer
+from porter.lower.importer.values import StoredCache, Value
+from porter.lower.kernels.append import append_stored
+from porter.lower.kernels.stored import Stored, read_stored
+
+
+def _append(imp: Importer, node: ir.Node, *inputs: Value) -> tuple[Value, ...]:
+    """Writes into the caller's buffers where they are the graph's own inputs, else into copies."""
+    count = len(node.outputs)
+    caches, new = [imp.tensor(v) for v in inputs[:count]], imp.tensor(inputs[count])
+    spec = _spec(imp, node, caches, (_capacity(imp, node, caches), imp.shape(new)[3]))
+    lengths, *steps = (imp.tensor(v) for v in inputs[count + 1 :])
+    lent = [imp.lent(node, i) for i in range(count)]
+    heads = imp.shape(caches[0])[1]
+    kernel = imp.kernel(("append", spec, heads), lambda: append_stored(spec, heads))
+    own = [c if mine else imp.copied(c) for c, mine in zip(caches, lent, strict=True)]
+    owners = [v.name if mine else None for v, mine in zip(node.inputs, lent, strict=False)]
+    return imp.overwrite_all(kernel, [*own, cast(imp, new, "float32"), lengths, *steps], owners)
+
+
+def _read(imp: Importer, node: ir.Node, *inputs: Value) -> Value:
+    """Nothing is read before it is known who asks."""
+    count = len(inputs) - 1 - bool(_side(imp, node).static)
+    caches = [imp.tensor(v) for v in inputs[:count]]
+    spec = _spec(imp, node, caches, _size(imp, node, caches))
+    batch, heads = imp.shape(caches[0])[:2]
+    kept = [c for c, (name, *_) in zip(caches, spec.planned(heads), strict=True) if name != "_copy"]
+    total, *steps = (imp.tensor(v) for v in inputs[count:])
+    return StoredCache(spec, (*kept, *steps), total, (batch, heads, spec.capacity, spec.width))
+
+
+def read(imp: Importer, cache: StoredCache) -> relax.Expr:
+    """All tokens as floats, for whoever is no Attention."""
+    heads = cache.shape[1]
+    kernel = imp.kernel(("read", cache.spec, heads), lambda: read_stored(cache.spec, heads))
+    return imp.call(kernel, [*cache.args, cache.total], list(cache.shape), "float32")
+
+
+def _scheme(imp: Importer, node: ir.Node) -> tuple[Scheme, str]:
+    text, side = attribute(node, "scheme", ""), attribute(node, "side", "")
+    try:
+        scheme = parse(text)
+    except PassError as error:
+        raise TargetError("PORT-0423", error.what, where=imp.current, hint=error.hint) from error
+    if side not in ("key", "value") or not scheme.side(side).coded:
+        what = f"a cache function is for a coded key or value side, not for {side!r} of {text!r}"
+        raise TargetError("PORT-0423", what, where=imp.current)
+    return scheme, side
+
+
+def _side(imp: Importer, node: ir.Node) -> Side:
+    scheme, side = _scheme(imp, node)
+    return scheme.side(side)
+
+
+def _spec(imp: Importer, node: ir.Node, caches: list[relax.Expr], size: tuple[int, int]) -> Stored:
+    """What the kernels go by, once the buffers are those that the scheme plans."""
+    capacity, width = size
+    spec = Stored(*_scheme(imp, node), width, capacity)
+    if not spec.fits():
+        what = "tokens with more bits and residuals have no kernels"
+        raise TargetError("PORT-0422", what, where=imp.current, hint="choose a cache scheme without them")
+    given = [(tuple(imp.shape(c)[1:]), str(c.ty.dtype)) for c in caches]
+    planned = [(shape, dtype) for _, shape, dtype in spec.planned(imp.shape(caches[0])[1])]
+    if given != planned:
+        what = f"the scheme plans buffers of {planned}, and the function is given {given}"
+        raise TargetError("PORT-0423", what, where=imp.current)
+    return spec
+
+
+def _capacity(imp: Importer, node: ir.Node, caches: list[relax.Expr]) -> int:
+    """The most tokens that these buffers are planned for: groups along tokens leave several answers, which
+    are the same to the kernels."""
+    scheme, name = _scheme(imp, node)
+    side = scheme.side(name)
+    held = int(imp.shape(caches[0])[2])
+    if len(caches) == 1 and scheme.windowed(side):
+        return held  # a window alone
+    return held + scheme.sink + scheme.recent + side.flush - 1
+
+
+def _size(imp: Importer, node: ir.Node, caches: list[relax.Expr]) -> tuple[int, int]:
+    """(capacity, head size) of what a node reads: its result says so, or the node that wrote the buffers."""
+    shape = node.outputs[0].shape
+    if shape is not None and all(isinstance(d, int) for d in shape[2:]):
+        return int(shape[2]), int(shape[3])
+    writer = node.inputs[0].producer()
+    if writer is None or not writer.op_type.startswith("AppendCache_"):
+        what = "a cache is read whose head size is not known"
+        raise TargetError("PORT-0423", what, where=imp.current, hint="infer shapes first")
+    new = imp.value(writer.inputs[len(writer.outputs)])
+    return _capacity(imp, node, caches), imp.shape(new)[3]
+
+
+PREFIXES: dict[str, Callable[..., Value | tuple[Value, ...]]] = {
+    "AppendCache_": _append,
+    "ReadCache_": _read,
+}
