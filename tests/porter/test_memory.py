@@ -75,12 +75,14 @@ def test_mapped_pages_are_dropped_and_stay_readable(tmp_path: Path) -> None:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     memory.mapped.add(mapping)
     view = np.frombuffer(mapping, np.uint8)
-    with memory.Watch(memory.usage().resident + 20 * MIB):
+    before = memory.usage().resident  # whatever else this process holds: a limit 20 MiB above it
+    with memory.Watch(before + 20 * MIB):
         sums = []
         for at in range(0, view.size, MIB):
             sums.append(int(view[at : at + MIB].sum()))
             time.sleep(0.002)
-        assert memory.usage().resident < memory.usage().anonymous + 130 * MIB
+        # From 80 % of the limit on pages are dropped at each look, and a few MiB come in between two.
+        assert memory.usage().resident < before + 50 * MIB
     assert len(set(sums)) == 1  # every MiB holds the same, whatever was dropped in between
     resident = memory.usage().resident
     int(view.sum())
@@ -194,11 +196,12 @@ def test_streamed_and_opened_measure_the_same(
     """The same bundle, and the same logits from the pieces as from the whole: ONNX Runtime computes each
     operator by itself either way, so not a bit may differ when the port decodes as many tokens."""
     monkeypatch.setattr(measuring, "FEW_STEPS", measuring.STEPS)
+    share = {"streamed": 0.0, "opened": 1.0}  # of free memory that models may be opened in
     feeds = str(wide.parent / "feeds.json")
-    reports = [
-        convert(wide, tmp_path / name, Options(weights="int4-g32", data=feeds, max_memory=limit))
-        for name, limit in (("streamed", "560MiB"), ("opened", ""))
-    ]
+    reports = []
+    for name, part in share.items():
+        monkeypatch.setattr(needs, "SHARE", part)
+        reports.append(convert(wide, tmp_path / name, Options(weights="int4-g32", data=feeds)))
     assert reports[0].drift == reports[1].drift
     assert reports[0].phases == reports[1].phases
     for name in ("model.onnx", "model.onnx.data", "manifest.json"):
