@@ -181,7 +181,7 @@ def _ports(
     path = folder / bundle.MODEL
     way = {
         "whole": reference.whole,
-        "streamed": Streamed(path, ported, plan.piece, folder) if plan.piece else None,
+        "streamed": Streamed(path, ported, plan.piece, folder, briefly=True) if plan.piece else None,
     }
     return {
         "passes": Runnable.over(

@@ -35,20 +35,22 @@ class Streamed:
     """The ONNX file `path`, run a piece of the graph at a time.
 
     A piece has weights of `piece` bytes as float32, or a single one that is larger. Frontiers lie in `folder`
-    (None: where temporary files go). Raises what `graph.load` and `Sweep` do.
+    (None: where temporary files go). `briefly` is that of `ReferenceRunner`. Raises what `graph.load` and
+    `Sweep` do.
     """
 
     path: Path
     decoder: Decoder
     piece: int
     folder: Path | None = None
+    briefly: bool = False
 
     def whole(self, texts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """float32 [batch, n, vocabulary] for each int64 [batch, n]; all texts go through a piece together."""
         model = graph.load(self.path)
         inputs = {v.name: spec(v) for v in model.graph.inputs if not v.is_initializer()}
         fed = [feeds(self.decoder, t, 0, empty_caches(self.decoder, inputs, len(t)), inputs) for t in texts]
-        sweep = Sweep(model, fed, self.folder, briefly=True)
+        sweep = Sweep(model, fed, self.folder, briefly=self.briefly)
         for value in stops(model, self.piece):
             sweep.advance(value)
         logits = next(v for v in model.graph.outputs if v.name == self.decoder.output)

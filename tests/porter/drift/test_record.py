@@ -38,7 +38,7 @@ def lockstep(makers, texts, pairs, batch, decode_steps, window):
     sums = {name: Accumulator() for name in pairs}
     for group in module._groups(module.cut(texts, window), batch):
         sessions = {name: make(len(group)) for name, make in makers.items()}
-        for part in module.schedule(group, None, decode_steps):
+        for part in module._parts(group, None, decode_steps, ()):
             logits = {name: module._step(session, group, part) for name, session in sessions.items()}
             for name, (a, b) in pairs.items():
                 module._add(sums[name], logits[a], logits[b], group, part)
