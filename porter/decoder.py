@@ -98,10 +98,23 @@ def recognise(model: ir.Model) -> Decoder:
         caches=tuple(caches),
         capacity=capacity,
         others=tuple(n for n in inputs if n not in spent),
-        context=int(_numbers(model, "porter.context_length", (0,))[0]),
+        context=context_length(model),
         eos=_numbers(model, "porter.eos", ()),
         **roles,
     )
+
+
+def context_length(model: ir.Model) -> int:
+    """The most tokens that a model was made for: what it says, else the positions that it has tables for; 0
+    when neither tells."""
+    return int(_numbers(model, "porter.context_length", (0,))[0]) or positions(model)
+
+
+def positions(model: ir.Model) -> int:
+    """The positions that a model has tables for, 0 without tables."""
+    from porter.symbolic.positions import positions as found  # sympy takes a while, and most models say
+
+    return found(model.graph, _NAMES["positions"])
 
 
 def _named_roles(inputs: Mapping[str, ir.Value]) -> dict[str, str]:
