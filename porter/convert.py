@@ -23,7 +23,7 @@ from porter.drift.feeds import TokenFeeds
 from porter.drift.measure import SINGLE, Runnable, feeds_for, measure, tokenizer_files
 from porter.drift.streamed import Interface, Streamed
 from porter.errors import DriftError, OptionError
-from porter.kvgraph.graph import BITS, BYTES, CAPACITY
+from porter.kvgraph.graph import BITS, CAPACITY
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
 from porter.report.report import DriftReport, Figure, Stage
@@ -120,7 +120,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
                 attention=heads,
-                memory=_memory(source, lowered, plan, watch) | _cache(model),
+                memory=_memory(source, lowered, plan, watch) | _cache(model, lowered, ported),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
                 calibration=calibrated.facts,
@@ -382,14 +382,17 @@ def _memory(source: Path, plan: Plan, needed: needs.Plan, watch: memory.Watch) -
     }
 
 
-def _cache(model: ir.Model) -> dict[str, Figure]:
-    """What a quantized cache takes; nothing for one of floats."""
+def _cache(model: ir.Model, plan: Plan, ported: decoder.Decoder) -> dict[str, Figure]:
+    """What a quantized cache takes, by the buffers of the lowered program; nothing for one of floats."""
     about = model.metadata_props
-    if BYTES not in about:
+    if BITS not in about:
         return {}
-    held = f"KV cache, {about[CAPACITY]} tokens x batch 1"
+    caches = {c.past for c in ported.caches}
+    rows = [(b, plan.bounds.get(b.shape[0]) or int(b.shape[0])) for b in plan.buffers if b.name in caches]
     return {
-        held: Figure(int(about[BYTES]), "bytes", "estimated"),  # planned
+        f"KV cache, {about[CAPACITY]} tokens x batch 1": Figure(
+            sum(b.bytes // batch for b, batch in rows), "bytes", "estimated"
+        ),
         "KV cache, scales and windows included": Figure(float(about[BITS]), "bits per value", "estimated"),
     }
 

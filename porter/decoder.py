@@ -164,13 +164,14 @@ def _is_ids(value: ir.Value) -> bool:
 
 
 def _table_rows(value: ir.Value) -> int:
-    """Rows of the table that `value` indexes through Gather, perhaps after a Cast; 0 when it does not."""
+    """Rows of the table that `value` indexes through Gather, perhaps in another type or shape; 0 when it does
+    not."""
     rows = 0
     for node, index in value.uses():
         if node.op_type == "Gather" and index == 1 and node.inputs[0] is not None:
             shape = node.inputs[0].shape
             rows = max(rows, shape[0] if shape and isinstance(shape[0], int) else 1)
-        elif node.op_type == "Cast":
+        elif node.op_type in ("Cast", "Identity", "Reshape") and index == 0:
             rows = max(rows, _table_rows(node.outputs[0]))
     return rows
 

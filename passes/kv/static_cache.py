@@ -183,9 +183,7 @@ def _window(
     return known[size, steps]
 
 
-def _rewrite(
-    node: ir.Node, lengths: ir.Value, mask: ir.Value | None, valid: ir.Value, capacity: int
-) -> None:
+def _rewrite(node: ir.Node, lengths: ir.Value, mask: ir.Value | None, valid: ir.Value, capacity: int) -> None:
     """One layer: scatter the new keys and values into the buffers, and attend over those."""
     graph = node.graph
     for i in (4, 5):

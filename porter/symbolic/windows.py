@@ -46,7 +46,9 @@ def seen(node: ir.Node, lengths: ir.Value, size: int, capacity: int) -> ir.Value
     """The mask bool [batch, 1, S, capacity] of a window of `size` tokens, made before the Attention `node`."""
     graph, query = node.graph, node.inputs[0]
 
-    def op(kind: str, *inputs: ir.Value, suffix: str, shape: Iterable[object] | None, **given: int) -> ir.Value:
+    def op(
+        kind: str, *inputs: ir.Value, suffix: str, shape: Iterable[object] | None, **given: int
+    ) -> ir.Value:
         new = ir.node(kind, inputs, given or None)
         out = new.outputs[0]
         out.name, out.type = f"{node.outputs[0].name}.{suffix}", ir.TensorType(ir.DataType.INT64)

@@ -85,7 +85,9 @@ def test_no_other_byte_is_touched(kernels: dict, text: str, side: str) -> None:
             touched = [False] * len(plan)
             for number in (0, 1):
                 before = filled(stored, number)
-                after = [tvm.runtime.tensor(b.view(type_of(d))) for b, (*_, d) in zip(before, plan, strict=True)]
+                after = [
+                    tvm.runtime.tensor(b.view(type_of(d))) for b, (*_, d) in zip(before, plan, strict=True)
+                ]
                 kernel.in_place(*after, new, starts, *steps)
                 changed = [a.numpy().view(np.uint8) != b for a, b in zip(after, before, strict=True)]
                 touched = [t | c for t, c in zip(touched, changed, strict=True)]
