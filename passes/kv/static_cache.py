@@ -9,9 +9,9 @@
 The new input `past_lengths`, int64 [batch], says how many tokens of each row are valid: rows need not be
 equally long. Attention reads the first past_lengths + S tokens of a row and no others, and token i of the S
 may see those up to past_lengths + i; a mask that is a sliding window becomes one for each row
-(`porter.symbolic.windows`), and the buffers keep all tokens. Positions that were counted from the size of the cache, P + arange(S),
-become past_lengths[:, None] + arange(S); `porter.symbolic.rows` proves that they can. Where it cannot, or
-a cache is used in another way, the model is left as it is, and `why_not` says why.
+(`porter.symbolic.windows`), and the buffers keep all tokens. Positions that were counted from the size of
+the cache, P + arange(S), become past_lengths[:, None] + arange(S); `porter.symbolic.rows` proves that they
+can. Where it cannot, or a cache is used in another way, the model is left as it is, and `why_not` says why.
 
 Sums run over a buffer whose tail weighs nothing instead of over exactly the tokens: they may associate
 differently.

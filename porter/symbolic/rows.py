@@ -71,7 +71,8 @@ class Walk:
     """The values of `graph` that depend on P, in `kinds`, and the `edits` that give each row its own.
 
     `pasts` are the caches; `lengths` is int64 [batch], the p[b]. Nodes in `done` read caches and are taken
-    care of elsewhere; only nodes in `live` are looked at. Making a Walk changes nothing; it raises Refusal. `apply` edits the graph.
+    care of elsewhere; only nodes in `live` are looked at. Making a Walk changes nothing; it raises Refusal.
+    `apply` edits the graph.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ def _test(content: object) -> All | None:
 
 
 def seen(node: ir.Node, lengths: ir.Value, size: int, capacity: int) -> ir.Value:
-    """The mask bool [batch, 1, S, capacity] of a window of `size` tokens, made before the Attention `node`."""
+    """The mask bool [batch, 1, S, capacity] of a window of `size` tokens, before the Attention `node`."""
     graph, query = node.graph, node.inputs[0]
 
     def op(

@@ -1,4 +1,4 @@
-"""Appending in place: one token's bytes are written, or those of the group that it completes, and no other."""
+"""Appending in place writes one token's bytes, or those of the group that it completes, and no other."""
 
 import ml_dtypes
 import numpy as np
