@@ -1,4 +1,4 @@
-"""Decoders of someone else's code with quantized caches, from the command's function to the lowered program."""
+"""Decoders of someone else's code with quantized caches, from the command to the lowered program."""
 
 from __future__ import annotations
 

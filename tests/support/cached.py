@@ -1,4 +1,4 @@
-"""A lowered decoder with a quantized cache beside ONNX Runtime, rows of their own lengths, until one is full."""
+"""A lowered decoder with a quantized cache beside ONNX Runtime, in rows of their own lengths."""
 
 from __future__ import annotations
 

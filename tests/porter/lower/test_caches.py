@@ -1,4 +1,4 @@
-"""Decoders with sliding windows and a softcap over quantized caches, lowered whole: one scheme of each family."""
+"""Decoders with sliding windows and a softcap over quantized caches, lowered whole: a scheme of each kind."""
 
 from __future__ import annotations
 
