@@ -10,9 +10,10 @@ The buffers of the scheme (`porter.kv.layout`) become the model's inputs and out
 name (the usual one, where its own does not say layer and side), the others are named after it, as
 `past_key_values.0.key_scale` and `present.0.key_scale`. What the two functions write and read is in
 `porter.kvgraph.functions`; integers with a scale for each token and head are spelled with ONNX's own
-operators instead (`porter.kvgraph.plain`), and kept floats of another type with Cast. Rotations and
-normalizers become products around the Attention (`porter.kvgraph.turning`). Constants are taken from the
-calibration feeds.
+operators instead (`porter.kvgraph.plain`), and kept floats of another type with Cast. Rotations
+become products around the Attention (`porter.kvgraph.turning`), normalizers constants of the projections
+before it (`porter.kvgraph.folding`), or products where they cannot. Constants are taken from the calibration
+feeds.
 
 A token is rounded once, when it is written or leaves the window, and is read rounded even in the step that
 does it. All tokens that are fed count: a window holds what was fed last.
@@ -33,6 +34,7 @@ from porter.errors import PassError
 from porter.kv import names
 from porter.kv.scheme import Scheme
 from porter.kvgraph import calibrate
+from porter.kvgraph.folding import fold
 from porter.kvgraph.graph import BITS, BYTES, CAPACITY, DONE, layers, name_caches
 from porter.kvgraph.store import check, store
 from porter.kvgraph.turning import turn
@@ -100,14 +102,15 @@ class QuantizeCache(Pass):
         for layer, each in zip(found, schemes, strict=True):
             for side in ("key", "value"):
                 check(layer, side, each)
-        made = calibrate.constants(model, found, schemes, context.calibration)
+        folds = [fold(layer) if each.normalize else None for layer, each in zip(found, schemes, strict=True)]
+        made = calibrate.constants(model, found, schemes, folds, context.calibration)
         pasts = [s.inputs[0] for layer in found for s in (layer.key, layer.value)]
         values, capacity = sum(math.prod(list(v.shape)[1:]) for v in pasts), pasts[0].shape[2]
         others = set(model.graph.inputs) - set(pasts)
         name_caches(model.graph, found)
         edits = 0
-        for layer, each, constants in zip(found, schemes, made, strict=True):
-            turn(layer, each, constants)
+        for layer, each, constants, folded in zip(found, schemes, made, folds, strict=True):
+            turn(layer, each, constants, folded)
             edits += sum(store(model, layer, side, each, constants) for side in ("key", "value"))
         total = sum(_bytes(v) for v in model.graph.inputs if v not in others)
         about = {

@@ -17,6 +17,7 @@ from porter.context import Feeds
 from porter.errors import OptionError
 from porter.kv.constants import Constants, calibrated
 from porter.kv.scheme import Scheme, Side
+from porter.kvgraph.folding import Fold
 from porter.kvgraph.graph import Layer
 from porter.run.feeds import feeds as step
 
@@ -29,9 +30,14 @@ def wanted(scheme: Scheme) -> bool:
 
 
 def constants(
-    model: ir.Model, layers: Sequence[Layer], schemes: Sequence[Scheme], feeds: Sequence[Feeds]
+    model: ir.Model,
+    layers: Sequence[Layer],
+    schemes: Sequence[Scheme],
+    folds: Sequence[Fold | None],
+    feeds: Sequence[Feeds],
 ) -> list[Constants]:
-    """Those of each layer; empty where its scheme wants none, or goes without since there are no feeds.
+    """Those of each layer, with normalizers that its fold can take; empty where its scheme wants none, or
+    goes without since there are no feeds.
 
     Raises PassError PORT-0272 when a scheme cannot do without, OptionError PORT-0293 for feeds without the
     model's tokens.
@@ -39,13 +45,14 @@ def constants(
     found = [Constants() for _ in layers]
     if feeds and any(map(wanted, schemes)):
         sweep = Sweep(model, list(_adapted(model, feeds)))
-        for i, (layer, scheme) in enumerate(zip(layers, schemes, strict=True)):
+        for i, (layer, scheme, fold) in enumerate(zip(layers, schemes, folds, strict=True)):
             if wanted(scheme):
                 keys, values = (
                     np.concatenate([_tokens(a) for a in sweep.advance(layer.scatter(side).inputs[1])], axis=1)
                     for side in ("key", "value")
                 )
-                found[i] = calibrated(scheme, keys, values)
+                alike = (fold.pairs, fold.shared) if fold else ()
+                found[i] = calibrated(scheme, keys, values, *alike)
     for scheme, made in zip(schemes, found, strict=True):
         made.check(scheme)
     return found
