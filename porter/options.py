@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from porter import kv, registry
 from porter.drift.measure import SINGLE
 from porter.errors import OptionError
+from porter.kvgraph import grouped
 from porter.pipeline import Pipeline
 from porter.target import TargetSpec
 from porter.weights.base import WeightPass
@@ -15,7 +16,7 @@ from porter.weights.base import WeightPass
 # Methods that are two: what makes the weights easy to cast, and what casts them.
 PREPARED = {"smoothquant": ("quantize.smoothquant,", "rtn")}
 # Passes that a form of quantized weights adds at the end.
-FORMS = {"onnx": "", "contrib": ",quantize.contrib"}
+FORMS = {"onnx": "", "contrib": ",quantize.contrib,kv.contrib"}
 
 Progress = Callable[[str, float], None]
 
@@ -29,7 +30,7 @@ class Options:
     kv: str = ""
     method: str = ""  # how weights are cast; "" rounds them to nearest
     activations: str = ""
-    form: str = "onnx"  # or contrib: how bundle/model.onnx spells quantized weights
+    form: str = "onnx"  # or contrib: how bundle/model.onnx spells quantized weights and caches
     pipeline: str = ""
     budget: str = ""
     data: str = ""
@@ -48,7 +49,7 @@ def pipeline_text(spec: TargetSpec, options: Options) -> str:
 
     Raises OptionError PORT-0830 for a format or scheme that the target's kernels do not read, PORT-0835
     for both a pipeline and options that fill the target's, PORT-0258 and PORT-0259 for a method or form that
-    is none.
+    is none; PassError PORT-0283 for a cache that the form cannot hold.
     """
     if options.form not in FORMS:
         what = f"there is no form {options.form!r}"
@@ -97,7 +98,9 @@ def _kv_text(spec: TargetSpec, options: Options) -> str:
         name, words = "fp16", ["fp16", *words]
     elif name not in spec.kv:
         raise _not_offered(spec, "kv", name, spec.kv)
-    kv.parse(" ".join(words))
+    scheme = kv.parse(" ".join(words))
+    if options.form == "contrib":
+        grouped.check(scheme)  # before any work
     return "kv.quantize{" + " ".join([f"scheme={name}", *words[1:]]) + "}" if words != ["fp32"] else ""
 
 
