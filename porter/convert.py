@@ -7,9 +7,10 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,11 +81,8 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
             lowered = _lower(_standard(model), spec, folder, ported, progress)
-            with _measurable(folder) as path:
-                ports = _ports(model, ported, reference, folder, path, plan)
-                drift, heads = _measured(
-                    _in_folder(reference, folder), ports, feeds, folder, single, progress
-                )
+            ports = partial(_ports, model, ported, reference, folder, plan)
+            drift, heads = _measured(_in_folder(reference, folder), ports, feeds, folder, single, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)
@@ -170,7 +168,7 @@ def _measurable(folder: Path) -> Iterator[Path]:
 
 
 def _ports(
-    model: ir.Model, ported: decoder.Decoder, reference: Runnable, folder: Path, path: Path, plan: needs.Plan
+    model: ir.Model, ported: decoder.Decoder, reference: Runnable, folder: Path, plan: needs.Plan, path: Path
 ) -> dict[str, Runnable]:
     """The model after its passes in `path`, run as the reference is, and the lowered program."""
     way = {
@@ -192,7 +190,7 @@ def _ports(
 
 def _measured(
     reference: Runnable,
-    ports: Mapping[str, Runnable],
+    ports_of: Callable[[Path], Mapping[str, Runnable]],
     feeds: TokenFeeds,
     folder: Path,
     single: int,
@@ -200,7 +198,9 @@ def _measured(
 ) -> tuple[dict[str, Comparison], list[attention.Head]]:
     """Drift of the ports, and what a quantized cache does to each head of a model that can be opened."""
     progress("measure", 0.0)
-    drift = measure(reference, ports, feeds, lambda f: progress("measure", f), folder, single)
+    with _measurable(folder) as path:
+        ports = ports_of(path)
+        drift = measure(reference, ports, feeds, lambda f: progress("measure", f), folder, single)
     port = ports["total"]
     if not single or reference.streamed:
         return drift, []

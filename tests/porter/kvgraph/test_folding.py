@@ -42,71 +42,93 @@ def weight(name: str, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+COUNTS = {"q": HEADS, "k": KV, "v": KV}
+
+
+class Text:
+    """Lines of a graph and its constants in the making, for one `Way`."""
+
+    def __init__(self, way: Way, dtype: type) -> None:
+        self.way, self.dtype, self.lines = way, dtype, []
+        self.weights: dict[str, np.ndarray] = {}
+
+    def const(self, name: str, *shape: int) -> str:
+        self.weights[name] = weight(name, *shape).astype(self.dtype)
+        return name
+
+    def ints(self, name: str, *values: int) -> str:
+        self.weights[name] = np.array(values, np.int64)
+        return name
+
+    def one(self, p: str, n: int) -> None:
+        """x -> `p`1 [batch, sequence, n], by a product of its own."""
+        way, add = self.way, self.lines.append
+        if way.linear == "apart":
+            add(f"{p}0 = MatMul(x, {self.const(f'w{p}', HIDDEN, n)})")
+            add(f"{p}1 = Add({self.const(f'b{p}', n)}, {p}0)" if way.bias else f"{p}1 = Identity({p}0)")
+            return
+        bias = f", {self.const(f'b{p}', n)}" if way.bias else ""
+        add(f"{p}0 = Gemm<transB=1>(flat, {self.const(f'w{p}', n, HIDDEN)}{bias})")
+        add(f"shape_{p} = Concat<axis=0>(lead, {self.ints(f'rows_{p}', n)})")
+        add(f"{p}1 = Reshape({p}0, shape_{p})")
+
+    def together(self) -> None:
+        """x -> q1, k1, v1 by one product and a Split, or q3, k3, v3 by one of the heads."""
+        rows, add = {p: n * SIZE for p, n in COUNTS.items()}, self.lines.append
+        total = sum(rows.values())
+        add(f"wt = Transpose<perm=[1, 0]>({self.const('w', total, HIDDEN)})")
+        add("all0 = MatMul(x, wt)")
+        add(f"all = Add(all0, {self.const('b', total)})" if self.way.bias else "all = Identity(all0)")
+        if self.way.linear == "fused":
+            add(f"q1, k1, v1 = Split<axis=-1>(all, {self.ints('sizes', *rows.values())})")
+            return
+        add(f"apart = Reshape(all, {self.ints('heads', 0, 0, total // SIZE, SIZE)})")
+        add("turned = Transpose<perm=[0, 2, 1, 3]>(apart)")
+        add(f"q3, k3, v3 = Split<axis=1>(turned, {self.ints('sizes', *COUNTS.values())})")
+
+    def apart(self, p: str, n: int) -> None:
+        """`p`1 -> `p`3 [batch, n, sequence, 8]."""
+        now, way, add = f"{p}1", self.way, self.lines.append
+        if way.norm == "flat" and p != "v":
+            add(f"{p}n = RMSNormalization({now}, {self.const(f'g{p}', n * SIZE)})")
+            now = f"{p}n"
+        if way.rope == "flat" and p != "v":
+            add(f"{p}r = RotaryEmbedding<num_heads={n}>({now}, cos, sin)")
+            now = f"{p}r"
+        add(f"{p}2 = Reshape({now}, {self.ints(f'heads_{p}', 0, 0, n, SIZE)})")
+        add(f"{p}3 = Transpose<perm=[0, 2, 1, 3]>({p}2)")
+
+    def turned(self, p: str, n: int) -> None:
+        """`p`3 -> `p`, with what the way has for heads that are apart."""
+        now, way, add = f"{p}3", self.way, self.lines.append
+        if p != "v" and way.norm in ("head", "layer", "mul"):
+            g = self.const(f"g{p}", *((n, 1, SIZE) if way.norm == "mul" else (SIZE,)))
+            made = {"head": f"RMSNormalization({now}, {g})", "mul": f"Mul({now}, {g})"}
+            if way.norm == "layer":
+                made["layer"] = f"LayerNormalization({now}, {g}, {self.const(f'c{p}', SIZE)})"
+            add(f"{p}4 = {made[way.norm]}")
+            now = f"{p}4"
+        kinds = {"halves": "", "neighbours": "<interleaved=1>", "partial": "<rotary_embedding_dim=4>"}
+        if p != "v" and way.rope in kinds:
+            add(f"{p}5 = RotaryEmbedding{kinds[way.rope]}({now}, cos, sin)")
+            now = f"{p}5"
+        add(f"{p} = Identity({now})")
+
+
 def model_of(way: Way, dtype: type = np.float32) -> ir.Model:
     """x [batch, sequence, 32] -> y, over static caches."""
-    lines, weights, kind = [], {}, {np.float32: "float", np.float16: "float16"}[dtype]
-
-    def const(name: str, *shape: int) -> str:
-        weights[name] = weight(name, *shape).astype(dtype)
-        return name
-
-    def ints(name: str, *values: int) -> str:
-        weights[name] = np.array(values, np.int64)
-        return name
-
-    counts = {"q": HEADS, "k": KV, "v": KV}
-    rows = {p: n * SIZE for p, n in counts.items()}
-    if way.linear == "apart":
-        for p, n in rows.items():
-            lines.append(f"{p}0 = MatMul(x, {const(f'w{p}', HIDDEN, n)})")
-            lines += [f"{p}1 = Add({const(f'b{p}', n)}, {p}0)"] if way.bias else [f"{p}1 = Identity({p}0)"]
-    elif way.linear == "gemm":
-        lines.append(f"flat = Reshape(x, {ints('flat2', -1, HIDDEN)})")
-        for p, n in rows.items():
-            bias = f", {const(f'b{p}', n)}" if way.bias else ""
-            lines.append(f"{p}0 = Gemm<transB=1>(flat, {const(f'w{p}', n, HIDDEN)}{bias})")
-            lines.append(f"shape_{p} = Concat<axis=0>(lead, {ints(f'rows_{p}', n)})")
-            lines.append(f"{p}1 = Reshape({p}0, shape_{p})")
-    else:
-        total = sum(rows.values())
-        lines.append(f"wt = Transpose<perm=[1, 0]>({const('w', total, HIDDEN)})")
-        lines.append("all0 = MatMul(x, wt)")
-        lines.append(f"all = Add(all0, {const('b', total)})" if way.bias else "all = Identity(all0)")
-        if way.linear == "fused":
-            lines.append(f"q1, k1, v1 = Split<axis=-1>(all, {ints('sizes', *rows.values())})")
-        else:
-            lines.append(f"apart = Reshape(all, {ints('heads', 0, 0, total // SIZE, SIZE)})")
-            lines.append("turned = Transpose<perm=[0, 2, 1, 3]>(apart)")
-            lines.append(f"q3, k3, v3 = Split<axis=1>(turned, {ints('sizes', *counts.values())})")
-    for p, n in counts.items():
+    text, kind = Text(way, dtype), {np.float32: "float", np.float16: "float16"}[dtype]
+    if way.linear in ("fused", "split"):
+        text.together()
+    text.lines.append(f"flat = Reshape(x, {text.ints('flat2', -1, HIDDEN)})")
+    for p, n in COUNTS.items():
+        if way.linear in ("apart", "gemm"):
+            text.one(p, n * SIZE)
         if way.linear != "split":
-            now = f"{p}1"
-            if way.norm == "flat" and p != "v":
-                lines.append(f"{p}n = RMSNormalization({now}, {const(f'g{p}', n * SIZE)})")
-                now = f"{p}n"
-            if way.rope == "flat" and p != "v":
-                lines.append(f"{p}r = RotaryEmbedding<num_heads={n}>({now}, cos, sin)")
-                now = f"{p}r"
-            lines.append(f"{p}2 = Reshape({now}, {ints(f'heads_{p}', 0, 0, n, SIZE)})")
-            lines.append(f"{p}3 = Transpose<perm=[0, 2, 1, 3]>({p}2)")
-        now = f"{p}3"
-        if p != "v" and way.norm in ("head", "layer", "mul"):
-            g = const(f"g{p}", *((n, 1, SIZE) if way.norm == "mul" else (SIZE,)))
-            made = {
-                "head": f"RMSNormalization({now}, {g})",
-                "layer": f"LayerNormalization({now}, {g}, {const(f'c{p}', SIZE)})",
-                "mul": f"Mul({now}, {g})",
-            }[way.norm]
-            lines.append(f"{p}4 = {made}")
-            now = f"{p}4"
-        attributes = {"halves": "", "neighbours": "<interleaved=1>", "partial": "<rotary_embedding_dim=4>"}
-        if p != "v" and way.rope in attributes:
-            lines.append(f"{p}5 = RotaryEmbedding{attributes[way.rope]}({now}, cos, sin)")
-            now = f"{p}5"
-        lines.append(f"{p} = Identity({now})")
+            text.apart(p, n)
+        text.turned(p, n)
     half = SIZE // 4 if way.rope == "partial" else SIZE // 2
-    past = f"{kind}[batch, {KV}, {CAPACITY}, {SIZE}]"
-    body = "\n".join(lines)
+    past, body = f"{kind}[batch, {KV}, {CAPACITY}, {SIZE}]", "\n".join(text.lines)
     model = ir.from_onnx_text(f"""<ir_version: 11, opset_import: ["" : 24]>
     g ({kind}[batch, sequence, {HIDDEN}] x, {kind}[batch, sequence, {half}] cos,
        {kind}[batch, sequence, {half}] sin, {past} past_key_0, {past} past_value_0, int64[batch] {LENGTHS})
@@ -120,12 +142,11 @@ def model_of(way: Way, dtype: type = np.float32) -> ir.Model:
       present_value_0 = TensorScatter<axis=2>(past_value_0, v, {LENGTHS})
       y = Attention<is_causal=1>(q, present_key_0, present_value_0, , , , valid)
     }}""")
-    for name, array in weights.items():
+    for name, array in text.weights.items():
         value = next((v for n in model.graph for v in n.inputs if v is not None and v.name == name), None)
-        if value is not None:
-            tensor = ir.tensor(array, name=name)
-            value.const_value, value.shape, value.type = tensor, tensor.shape, ir.TensorType(tensor.dtype)
-            model.graph.register_initializer(value)
+        tensor = ir.tensor(array, name=name)
+        value.const_value, value.shape, value.type = tensor, tensor.shape, ir.TensorType(tensor.dtype)
+        model.graph.register_initializer(value)
     Pipeline.parse("clean.shapes,clean.identity,clean.dead").run(model, Context())
     return model
 
