@@ -63,7 +63,7 @@ def text_of(scheme: Scheme) -> str:
     words += [f"{name}={n}" for name in _COUNTS if (n := getattr(scheme, name.replace("-", "_")))]
     words += [f"high={scheme.high}"] if scheme.high != "fp16" else []
     words += ["normalize"] if scheme.normalize else []
-    words += [f"share={scheme.share!r}"] if scheme.share else []
+    words += [f"{name}={n!r}" for name in ("share", "bits") if (n := getattr(scheme, name))]
     words += [f"copy={scheme.copy}"] if scheme.copy else []
     return " ".join(words)
 
@@ -103,7 +103,7 @@ def _word(fields: dict[str, object], name: str, value: str | None) -> None:
     fields[name] = _given(value)
 
 
-def _share(fields: dict[str, object], name: str, value: str | None) -> None:
+def _number(fields: dict[str, object], name: str, value: str | None) -> None:
     fields[name] = float(value or "")
 
 
@@ -152,7 +152,8 @@ _OPTIONS: dict[str, Callable[[dict[str, object], str, str | None], None]] = {
     **dict.fromkeys(_COUNTS, _count),
     "high": _word,
     "copy": _word,
-    "share": _share,
+    "share": _number,
+    "bits": _number,
     "normalize": _flag,
     "rotate": _rotate,
     "scales": _both(lambda side, value: replace(side, scale=value) if side.coded else side),
