@@ -32,7 +32,8 @@ class Decoder:
     [batch], says how many of its tokens are valid). Models with GroupQueryAttention may say that by their
     mask, or by `last`, the number of valid tokens of each row with the new ones but less one, and `total`,
     the number of tokens of the longest row. `output` is the logits [batch, sequence, vocabulary], or
-    an encoder's hidden states. `others` are inputs porter has no meaning for. `context` is the most tokens
+    an encoder's hidden states. `tags` is the input that says what each token is, of a model whose cache gives
+    some tokens more bits (`porter.kv.tags`). `others` are inputs porter has no meaning for. `context` is the most tokens
     the model was made for, 0 when the model does not say; `eos` are the tokens that end a text.
     """
 
@@ -47,6 +48,7 @@ class Decoder:
     total: str = ""
     capacity: int = 0
     token_types: str = ""
+    tags: str = ""
     others: tuple[str, ...] = ()
     context: int = 0
     eos: tuple[int, ...] = ()
@@ -59,7 +61,9 @@ _NAMES = {
     "mask": ("attention_mask", "mask", "attn_mask"),
     "lengths": ("past_lengths", "past_length", "past_seq_lengths"),
     "token_types": ("token_type_ids", "segment_ids"),
+    "tags": ("tags",),
 }
+TAGS = "porter.kv.tags"  # the metadata entry of a model that has tags: those that want more bits
 _OUTPUTS = ("logits", "last_hidden_state", "hidden_states")
 _LAYER_FIRST = re.compile(
     r"(?P<side>past|present|new|updated)(?:_key_values?)?[._](?P<layer>\d+)[._](?P<kind>key|value|k|v)(?P<rest>_\w+)?"
@@ -67,6 +71,7 @@ _LAYER_FIRST = re.compile(
 _KIND_FIRST = re.compile(
     r"(?P<side>past|present|new|updated)_(?P<kind>key|value|k|v)(?P<rest>_[a-z]+)?_(?P<layer>\d+)"
 )
+_SHARED = re.compile(r"(past|present)_(?P<kind>slots)")  # by all layers
 _KINDS = {"k": "key", "v": "value"}
 
 
@@ -81,6 +86,8 @@ def recognise(model: ir.Model) -> Decoder:
     outputs = {v.name: v for v in model.graph.outputs if v.name}
     caches = _named_caches(inputs, outputs)
     roles = _named_roles(inputs)
+    if TAGS not in model.metadata_props:
+        roles.pop("tags", None)
     spent = {c.past for c in caches} | set(roles.values())
     if "tokens" not in roles:
         roles["tokens"] = _find_tokens(inputs, spent)
@@ -124,7 +131,9 @@ def _named_caches(inputs: Mapping[str, ir.Value], outputs: Mapping[str, ir.Value
 
 
 def place(name: str) -> tuple[int, str] | None:
-    """The layer and kind that a cache's name says, or None."""
+    """The layer and kind that a cache's name says, or None; what all layers share is of layer 0."""
+    if shared := _SHARED.fullmatch(name):
+        return 0, shared["kind"]
     match = _LAYER_FIRST.fullmatch(name) or _KIND_FIRST.fullmatch(name)
     if match is None:
         return None

@@ -98,7 +98,8 @@ class Side:
             (self.static not in ("", *STATIC), f"static scales are for one of {', '.join(STATIC)}"),
             (bool(self.static) and (self.element not in (*SYMMETRIC, "e4m3fn") or bool(self.group)),
              "static scales are for int or e4m3fn elements without groups"),
-            (self.hybrid and not {self.element, self.more or "int4"} <= {*SYMMETRIC[1:]}, "hybrid groups are of int4, int3 or int2"),
+            (self.hybrid and not {self.element, self.more or "int4"} <= {*SYMMETRIC[1:]},
+             "hybrid groups are of int4, int3 or int2"),
             (self.hybrid and bool(self.static), "hybrid groups have no static scales"),
             (book and not (plain and self.rotate), "a codebook is for whole rotated tokens"),
             (self.mixed and self.element not in CODEBOOK[1:], "mixed rates are of lloyd3, lloyd2 or lloyd1"),
@@ -150,9 +151,9 @@ class Scheme:
 
     `recent` newest and `sink` first tokens of each row stay in `high` precision; so do the first `keep_first`
     and last `keep_last` layers. `normalize`: keys are divided by a constant of each channel, and queries
-    multiplied by it. `share`: the share of tokens that may have `more` bits; `bits` > 0: as many as a budget of
-    so many bits per cached number allows, for the model to find (`porter.kv.triaxial.within`). `copy`: the type of an exact
-    copy beside the codes, from which a step is computed whose error bound is too large, or "". The bound
+    multiplied by it. `share`: the share of tokens that may have `more` bits; where `bits` is above 0, as many
+    as a budget of so many bits per cached number allows, which is found for a model
+    (`porter.kv.triaxial.within`). `copy`: the type of an exact copy beside the codes, from which a step is computed whose error bound is too large, or "". The bound
     (`porter.kv.bounds`) is for symmetric integers in groups along channels with fp32 steps: appending a token
     touches that token alone, and nothing is ever clipped.
     Raises PassError PORT-0271.

@@ -118,8 +118,8 @@ def within(scheme: Scheme, layers: Sequence[Sizes], capacity: int) -> Scheme:
 
 
 def _attend(sample: Sample, rounded: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The outputs float64 [Hq,S,D] of queries that see `keys` and `values` where `rounded` bool [S,T] says so,
-    and the exact ones elsewhere."""
+    """Outputs float64 [Hq,S,D] of queries that see `keys` and `values` where `rounded` bool [S,T] says so, and
+    the exact ones elsewhere."""
     shared = len(sample.queries) // len(keys)
     pairs = [[np.repeat(x.astype(np.float64), shared, axis=0) for x in pair]
              for pair in ((sample.keys, sample.values), (keys, values))]  # fmt: skip

@@ -3,8 +3,8 @@
 - `AppendCache_…{scheme, side}(buffers…, new float32 [B,H,S,D], past_lengths int64 [B][, beside]) -> buffers…`
 - `ReadCache_…{scheme, side}(buffers…, total_lengths int64 [B][, beside]) -> float32 [B,H,C,D]`
 
-`buffers` are those of `porter.kv.layout`, in its order, e4m3fn codes as bytes (uint8); `beside` is the step of
-static steps, float32 [1 or H, 1, 1 or D], or the slots of a tagged scheme with those of the new tokens
+`buffers` are those of `porter.kv.layout`, in its order, e4m3fn codes as bytes (uint8); `beside` is the step
+of static steps, float32 [1 or H, 1, 1 or D], or the slots of a tagged scheme with those of the new tokens
 (`porter.kvgraph.tagged`). All S tokens of each row are real ones. What comes out equals
 `porter.kv.cache.Cache.state` byte for byte; tokens are read in their own order, and what lies past the total
 length is finite.

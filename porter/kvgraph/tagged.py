@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
-import numpy as np
 import onnx_ir as ir
 
 from porter.kv import layout
@@ -108,7 +107,7 @@ def write(
 
 
 def slots_at(b: Body, places: str, count: int) -> str:
-    """The slots of tokens at `places` int64 [B,N] after the sinks, of which there are `count`; int64 [B,N]."""
+    """The slots of tokens at `places` int64 [B,N] after the sinks, of `count` there are; int64 [B,N]."""
     inside = b.op("Min", b.op("Max", places, b.integer(0)), b.integer(count - 1))
     return b.op("GatherElements", _flat(b), inside, axis=1)
 
