@@ -33,8 +33,10 @@ class Decoder:
     mask, or by `last`, the number of valid tokens of each row with the new ones but less one, and `total`,
     the number of tokens of the longest row. `output` is the logits [batch, sequence, vocabulary], or
     an encoder's hidden states. `tags` is the input that says what each token is, of a model whose cache gives
-    some tokens more bits (`porter.kv.tags`). `others` are inputs porter has no meaning for. `context` is the most tokens
-    the model was made for, 0 when the model does not say; `eos` are the tokens that end a text.
+    some tokens more bits (`porter.kv.tags`). `others` are inputs porter has no meaning for. `context` is the
+    most tokens the model was made for, 0 when the model does not say; `eos` are the tokens that end a text.
+    `exact` are outputs, bool [batch, heads, sequence], one a layer: what was computed again from an exact
+    copy of the cache (`porter.kvgraph.certified`).
     """
 
     tokens: str
@@ -52,7 +54,11 @@ class Decoder:
     others: tuple[str, ...] = ()
     context: int = 0
     eos: tuple[int, ...] = ()
+    exact: tuple[str, ...] = ()
 
+
+# Outputs of layer 3: `attention_bound.3`, `attention_exact.3`.
+BOUND, EXACT = "attention_bound", "attention_exact"
 
 # Names in common use: porter's and PyTorch's own, optimum's, and older exporters'.
 _NAMES = {
@@ -107,6 +113,7 @@ def recognise(model: ir.Model) -> Decoder:
         others=tuple(n for n in inputs if n not in spent),
         context=int(_numbers(model, "porter.context_length", (0,))[0]),
         eos=_numbers(model, "porter.eos", ()),
+        exact=tuple(n for n in outputs if n.startswith(f"{EXACT}.")),
         **roles,
     )
 
@@ -281,7 +288,8 @@ def _find_output(outputs: Mapping[str, ir.Value], presents: set[str], inputs: Ma
     for name in _OUTPUTS:
         if name in outputs:
             return name
-    left = {n: v for n, v in outputs.items() if n not in presents}
+    beside = (f"{BOUND}.", f"{EXACT}.")
+    left = {n: v for n, v in outputs.items() if n not in presents and not n.startswith(beside)}
     for name, value in left.items():
         if value.dtype is not None and value.dtype.is_floating_point() and _rank(value) == 3:
             return name

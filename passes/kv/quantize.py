@@ -33,7 +33,7 @@ from porter.errors import PassError
 from porter.kv import names
 from porter.kv.scheme import Scheme
 from porter.kvgraph import calibrate
-from porter.kvgraph.graph import BITS, BYTES, CAPACITY, DONE, layers, name_caches
+from porter.kvgraph.graph import BITS, BYTES, CAPACITY, DONE, READ, layers, name_caches
 from porter.kvgraph.store import check, store
 from porter.kvgraph.turning import turn
 from porter.pipeline import Pass, Promise
@@ -44,7 +44,7 @@ class QuantizeCache(Pass):
     """`scheme`: a name such as int8 or kivi2; the other options override what it says (`porter.kv.names`):
     `key` and `value` how either is stored, as int4-g32 or a scheme's name; `recent` and `sink` the tokens
     that stay in `high` precision (-1: the scheme's own), `keep-first` and `keep-last` the layers; `rotate`
-    and `normalize` as well; `scales` and `static` of both sides; `copy` and `share`.
+    and `normalize` as well; `scales` and `static` of both sides; `copy`, `tolerance` and `share`.
     """
 
     promise: ClassVar[Promise] = Promise.LOSSY
@@ -63,6 +63,7 @@ class QuantizeCache(Pass):
     scales: str = ""
     static: str = ""
     copy: str = ""
+    tolerance: str = ""
     share: str = ""
 
     def __post_init__(self) -> None:
@@ -108,13 +109,15 @@ class QuantizeCache(Pass):
         edits = 0
         for layer, each, constants in zip(found, schemes, made, strict=True):
             turn(layer, each, constants)
-            edits += sum(store(model, layer, side, each, constants) for side in ("key", "value"))
-        total = sum(_bytes(v) for v in model.graph.inputs if v not in others)
+            edits += store(model, layer, each, constants)
+        held = [v for v in model.graph.inputs if v not in others]
+        total, copies = (sum(map(_bytes, v)) for v in (held, [v for v in held if v.name.endswith("_copy")]))
         about = {
             DONE: names.text_of(scheme),
             CAPACITY: capacity,
             BYTES: total,
             BITS: f"{8 * total / values:.4f}",
+            **({READ: f"{8 * (total - copies) / values:.4f}"} if copies else {}),
         }
         model.metadata_props.update({name: str(value) for name, value in about.items()})
         return edits

@@ -59,7 +59,7 @@ def logit_bound(
     size, tokens = queries.shape[-1], seen.shape[-1]
     shared = np.repeat(key_steps, len(queries) // len(key_steps), axis=0)[:, None]
     largest = np.where(seen, shared, np.float32(0)).max(axis=-1)
-    half = np.float32((0.5 + ROUNDING + (size + 4) * 128 * ROUNDOFF) * _enlarged(size, tokens) * scale)
+    half = np.float32((0.5 + ROUNDING + (size + 4) * 128 * ROUNDOFF) * enlarged(size, tokens) * scale)
     delta = np.abs(queries).sum(axis=-1, dtype=np.float32) * largest * half
     return delta + np.float32(16 * ROUNDOFF * softcap + LEAST)
 
@@ -72,7 +72,7 @@ def variation_bound(delta: np.ndarray) -> np.ndarray:
 def value_errors(value_steps: np.ndarray, head_size: int, group: int) -> np.ndarray:
     """eps [H,T] of steps float32 [H,T,G] of groups of `group` channels (0: all)."""
     sizes = np.diff([*range(0, head_size, group or head_size), head_size]).astype(np.float32)
-    half = np.float32((0.5 + ROUNDING) * _enlarged(head_size, 0))
+    half = np.float32((0.5 + ROUNDING) * enlarged(head_size, 0))
     return np.sqrt((np.square(np.maximum(value_steps, np.float32(LEAST))) * sizes).sum(axis=-1)) * half
 
 
@@ -87,7 +87,7 @@ def output_bound(
     # Tokens that are not seen, or weigh nothing, count too: they can only make the bound larger.
     largest = (np.repeat(norms, shared, axis=0)[:, None] + errors).max(axis=-1)
     moved = (2 * variation + np.float32(4 * (tokens + 256) * ROUNDOFF)) * largest
-    return (moved + (weights * errors).sum(axis=-1)) * np.float32(_enlarged(head_size, tokens))
+    return (moved + (weights * errors).sum(axis=-1)) * np.float32(enlarged(head_size, tokens))
 
 
 def bounds(
@@ -115,5 +115,6 @@ def bounds(
     return Bounds(delta, variation, output_bound(variation, weights.astype(np.float32), norms, errors, size))
 
 
-def _enlarged(head_size: int, tokens: int) -> float:
+def enlarged(head_size: int, tokens: int) -> float:
+    """What a term of the bound is multiplied by for the rounding of its own sums."""
     return 1 + (head_size + tokens + 16) * 2 * ROUNDOFF

@@ -38,7 +38,7 @@ PRESETS = {
     "turboquant3": "key=lloyd3-fp16-rotate value=lloyd3-fp16-rotate",
     "turboquant3.5": "key=lloyd3-fp16-rotate-mixed value=lloyd3-fp16-rotate-mixed",
     "turboquant2.5": "key=lloyd2-fp16-rotate-mixed value=lloyd2-fp16-rotate-mixed",
-    "certified": "key=int8 value=int4-g32 copy=fp32",
+    "certified": "key=int8 value=int4-g32 copy=fp32 tolerance=0.3",
     "triaxial": "key=uint2+uint4-g32-fp16 value=uint2+uint4-g32-fp16 share=0.25 recent=128",
 }
 """The text of every scheme that has a name."""
@@ -65,6 +65,7 @@ def text_of(scheme: Scheme) -> str:
     words += ["normalize"] if scheme.normalize else []
     words += [f"{name}={n!r}" for name in ("share", "bits") if (n := getattr(scheme, name))]
     words += [f"copy={scheme.copy}"] if scheme.copy else []
+    words += [f"tolerance={scheme.tolerance!r}"] if scheme.tolerance else []
     return " ".join(words)
 
 
@@ -154,6 +155,7 @@ _OPTIONS: dict[str, Callable[[dict[str, object], str, str | None], None]] = {
     "copy": _word,
     "share": _number,
     "bits": _number,
+    "tolerance": _number,
     "normalize": _flag,
     "rotate": _rotate,
     "scales": _both(lambda side, value: replace(side, scale=value) if side.coded else side),

@@ -153,9 +153,10 @@ class Scheme:
     and last `keep_last` layers. `normalize`: keys are divided by a constant of each channel, and queries
     multiplied by it. `share`: the share of tokens that may have `more` bits; where `bits` is above 0, as many
     as a budget of so many bits per cached number allows, which is found for a model
-    (`porter.kv.triaxial.within`). `copy`: the type of an exact copy beside the codes, from which a step is computed whose error bound is too large, or "". The bound
-    (`porter.kv.bounds`) is for symmetric integers in groups along channels with fp32 steps: appending a token
-    touches that token alone, and nothing is ever clipped.
+    (`porter.kv.triaxial.within`). `copy`: the type of an exact copy beside the codes, from which a head's
+    step is computed again whose error may be more than `tolerance` times the norm of its output, or "". The
+    bound (`porter.kv.bounds`) is for symmetric integers in groups along channels with fp32 steps: appending a
+    token touches that token alone, and nothing is ever clipped.
     Raises PassError PORT-0271.
     """
 
@@ -170,6 +171,7 @@ class Scheme:
     share: float = 0.0
     bits: float = 0.0
     copy: str = ""
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         counts = (self.recent, self.sink, self.keep_first, self.keep_last)
@@ -185,6 +187,8 @@ class Scheme:
              "an exact copy is for symmetric integers along channels with fp32 steps that are not static"),
             (bool(self.copy) and self.recent + self.sink > 0,
              "there are no windows beside an exact copy"),
+            (not 0 <= self.tolerance <= 1e6, "tolerance is between 0 and 1e6"),
+            (self.tolerance > 0 and not self.copy, "tolerance is for a scheme with an exact copy"),
         ]  # fmt: skip
         for wrong, what in faults:
             if wrong:

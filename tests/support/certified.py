@@ -1,0 +1,163 @@
+"""Certified attention over caches of one's choice: the true errors, the definition's bounds, and adversaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from porter.kv import Cache, attend, parse
+from porter.kv.bounds import bounds
+from porter.kvgraph.certified import Certified, certified_function
+from porter.kvgraph.functions import Cached
+
+OPSET = 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer: how its cache is stored, and how it attends."""
+
+    text: str = "certified"
+    heads: int = 2
+    shared: int = 2
+    size: int = 16
+    capacity: int = 40
+    softcap: float = 0.0
+    window: int = 0
+    scale: float = 0.0
+
+    @property
+    def tau(self) -> float:
+        """The softmax's scale."""
+        return self.scale or self.size**-0.5
+
+    @property
+    def function(self) -> Certified:
+        """As the graph has it."""
+        sides = [Cached(parse(self.text), s, self.heads, self.size, self.capacity) for s in ("key", "value")]
+        return Certified(*sides, self.tau, self.softcap, True, bool(self.window))
+
+    def model(self) -> ir.Model:
+        """One call of the function, from the inputs of `feeds`."""
+        made = self.function
+        kind = {n: ir.DataType.FLOAT for n in made.inputs} | {"total_lengths": ir.DataType.INT64}
+        kind["mask"] = ir.DataType.BOOL
+        shapes: dict[str, list] = {
+            "q": ["b", self.heads * self.shared, "s", self.size],
+            "total_lengths": ["b"],
+            "mask": ["b", 1, "s", self.capacity],
+        }
+        for cached in (made.key, made.value):
+            for b in cached.buffers:
+                name = cached.name + b.name
+                shapes[name], kind[name] = ["b", *b.shape[1:]], ir.DataType.from_numpy(b.dtype)
+        given = [ir.Value(name=n, type=ir.TensorType(kind[n]), shape=ir.Shape(shapes[n])) for n in made.inputs]
+        node = ir.node(made.name, given, made.attributes, domain="porter", num_outputs=3)
+        types = (ir.DataType.FLOAT, ir.DataType.FLOAT, ir.DataType.BOOL)
+        for value, name, dtype in zip(node.outputs, ("y", "bound", "exact"), types, strict=True):
+            value.name, value.type = name, ir.TensorType(dtype)
+            value.shape = ir.Shape(shapes["q"] if name == "y" else shapes["q"][:3])
+        opsets = {"": OPSET, "porter": 1}
+        graph = ir.Graph(given, node.outputs, nodes=[node], opset_imports=opsets, name="certified")
+        found = ir.Model(graph, ir_version=11, functions=[certified_function(made, OPSET)])
+        onnx.checker.check_model(ir.to_proto(found), full_check=True)
+        return found
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A case with tokens in its cache: float32 keys and values [H,T,D] of each row, queries [B,Hq,S,D]."""
+
+    case: Case
+    keys: list[np.ndarray]
+    values: list[np.ndarray]
+    queries: np.ndarray
+
+    def __post_init__(self) -> None:
+        c = self.case
+        cache = Cache(parse(c.text), c.size, c.heads, c.capacity, len(self.keys))
+        longest = max(k.shape[1] for k in self.keys)
+        both = [np.zeros((len(self.keys), c.heads, longest, c.size), np.float32) for _ in range(2)]
+        for row, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            for whole, part in zip(both, pair, strict=True):
+                whole[row, :, : part.shape[1]] = part
+        cache.append(*both, np.array([k.shape[1] for k in self.keys]))
+        object.__setattr__(self, "cache", cache)
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        """Inputs of the case's model; what lies past a row's length is huge, so that reading it would show."""
+        found = {"q": self.queries, "total_lengths": self.cache.lengths.copy()}
+        for name, array in self.cache.state.items():
+            found[name] = array.copy()
+            for row, length in enumerate(self.cache.lengths):
+                found[name][row, :, length:] = 100 if name.endswith("codes") else 1e4
+        if self.case.window:
+            at = np.arange(self.case.capacity)
+            steps = self.queries.shape[2]
+            query = (self.cache.lengths - steps)[:, None] + np.arange(steps)
+            found["mask"] = (at > query[:, None, :, None] - self.case.window) | np.zeros(1, bool)
+        return found
+
+    def exact(self) -> np.ndarray:
+        """Attention over the copies, float64 [B,Hq,S,D]."""
+        rows = range(len(self.keys))
+        return np.stack([self._attend([self._of(f"{s}_copy", r) for s in ("key", "value")], r) for r in rows])
+
+    def held(self) -> np.ndarray:
+        """Attention over the codes, float64."""
+        rows = range(len(self.keys))
+        return np.stack([self._attend([self.cache.stored(s, r) for s in ("key", "value")], r) for r in rows])
+
+    def bounds(self) -> np.ndarray:
+        """Those of the definition, float32 [B,Hq,S]."""
+        c, found = self.case, []
+        for row in range(len(self.keys)):
+            held = [self.cache.stored(s, row) for s in ("key", "value")]
+            weights = attend(*held, self.queries[row], c.tau, c.softcap, c.window).weights
+            found.append(bounds(self.cache, row, self.queries[row], weights, c.tau, c.softcap, c.window).output)
+        return np.stack(found)
+
+    def _of(self, name: str, row: int) -> np.ndarray:
+        return self.cache.state[name][row, :, : self.cache.lengths[row]].astype(np.float64)
+
+    def _attend(self, pair: list[np.ndarray], row: int) -> np.ndarray:
+        c = self.case
+        return attend(*pair, self.queries[row], c.tau, c.softcap, c.window).output
+
+
+def random(case: Case, lengths: tuple[int, ...], steps: int, seed: int, tail: int = 1, loud: float = 1.0) -> Layer:
+    """Normals to the power of `tail`; queries `loud` times as long."""
+    rng = np.random.default_rng(seed)
+
+    def drawn(tokens: int) -> np.ndarray:
+        return (rng.standard_normal((case.heads, tokens, case.size)) ** tail).astype(np.float32)
+
+    queries = rng.standard_normal((len(lengths), case.heads * case.shared, steps, case.size))
+    return Layer(case, [drawn(n) for n in lengths], [drawn(n) for n in lengths],
+                 (queries * loud).astype(np.float32))  # fmt: skip
+
+
+def adversarial(case: Case, lengths: tuple[int, ...], delta: float, steps: int = 1, seed: int = 0) -> Layer:
+    """Every key is rounded by almost half a step, with or against the query's sign in every channel but one,
+    which makes the step: half of the tokens' logits rise by delta and half fall. The values of the one half
+    and the other are opposite, each rounded by almost half a step away from zero. All queries are alike, up to
+    signs that keys follow."""
+    rng, step = np.random.default_rng(seed), np.float32(2.0**-4)
+    signs = rng.choice([-1.0, 1.0], case.size).astype(np.float32)
+    keys, values = [], []
+    for tokens in lengths:
+        turn = np.where(np.arange(tokens) % 2 == 0, 1, -1)[:, None].astype(np.float32)
+        key = np.float32(0.4999) * step * signs * turn
+        key[:, 0] = 127 * step
+        levels = np.float32(7) - np.float32(0.4999)
+        value = np.full((tokens, case.size), levels * 2, np.float32) * turn
+        value[:, :: parse(case.text).value.group or case.size] = 14 * turn
+        keys.append(np.broadcast_to(key, (case.heads, tokens, case.size)).copy())
+        values.append(np.broadcast_to(value, (case.heads, tokens, case.size)).copy())
+    q = signs * np.float32(delta / case.tau / (max(case.size - 1, 1) * step / 2))
+    q[0] = 0 if case.size > 1 else q[0]
+    shape = (len(lengths), case.heads * case.shared, steps, case.size)
+    return Layer(case, keys, values, np.broadcast_to(q, shape).astype(np.float32).copy())
