@@ -118,7 +118,7 @@ def within(scheme: Scheme, layers: Sequence[Sizes], capacity: int) -> Scheme:
 
 
 def _attend(sample: Sample, rounded: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Outputs float64 [Hq,S,D] of queries that see `keys` and `values` where `rounded` bool [S,T] says so, and
+    """Outputs float64 [Hq,S,D] of queries that see `keys` and `values` where `rounded`, bool [S,T], says so,
     the exact ones elsewhere."""
     shared = len(sample.queries) // len(keys)
     pairs = [[np.repeat(x.astype(np.float64), shared, axis=0) for x in pair]

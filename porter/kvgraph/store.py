@@ -37,15 +37,19 @@ def check(layer: Layer, name: str, scheme: Scheme) -> None:
         check_names(scatter.graph, [v.name + suffix for v in (past, present) for suffix in beside])
 
 
-def store(model: ir.Model, layer: Layer, scheme: Scheme, constants: Constants) -> int:
-    """Rewrite both sides after `check`; how many changed."""
+def store(
+    model: ir.Model, layer: Layer, scheme: Scheme, constants: Constants, slots: ir.Value | None = None
+) -> int:
+    """Rewrite both sides after `check`; how many changed. `slots` are those of a tagged scheme."""
     if scheme.copy:
         _certify(model, layer, scheme)
         return 2
-    return sum(_store(model, layer, side, scheme, constants) for side in ("key", "value"))
+    return sum(_store(model, layer, side, scheme, constants, slots) for side in ("key", "value"))
 
 
-def _store(model: ir.Model, layer: Layer, name: str, scheme: Scheme, constants: Constants) -> bool:
+def _store(
+    model: ir.Model, layer: Layer, name: str, scheme: Scheme, constants: Constants, slots: ir.Value | None
+) -> bool:
     """One side, `key` or `value`; whether anything changed."""
     side, scatter = scheme.side(name), layer.scatter(name)
     if not side.coded:
@@ -54,7 +58,8 @@ def _store(model: ir.Model, layer: Layer, name: str, scheme: Scheme, constants: 
         plain.rewrite(model, scatter, side.element)
     else:
         step = {"key": constants.key_step, "value": constants.value_step}[name]
-        _call(model, layer, name, scheme, step)
+        steps = [] if step is None else [constant(model.graph, "step", step.astype(np.float32))]
+        _call(model, layer, name, scheme, [slots] if scheme.tagged else steps)
     return True
 
 
@@ -77,17 +82,16 @@ def _keep(layer: Layer, scatter: ir.Node, side: Side) -> bool:
     return True
 
 
-def _call(model: ir.Model, layer: Layer, name: str, scheme: Scheme, step: np.ndarray | None) -> None:
+def _call(model: ir.Model, layer: Layer, name: str, scheme: Scheme, beside: list[ir.Value]) -> None:
     """AppendCache in place of the TensorScatter, ReadCache before the Attention."""
     scatter = layer.scatter(name)
     past, cached = scatter.inputs[0], _cached(scatter, name, scheme)
-    steps = [] if step is None else [constant(model.graph, "step", step.astype(np.float32))]
-    presents = _append(model, scatter, cached, steps)
+    presents = _append(model, scatter, cached, beside)
     _add_function(model, cached.function_name(READ), lambda opset: read_function(cached, opset))
     read = Before(layer.attention, presents[0].name)
     tokens = read.op(
         cached.function_name(READ),
-        [*presents, layer.valid, *steps],
+        [*presents, layer.valid, *beside],
         "read",
         ir.DataType.FLOAT,
         past.shape,
@@ -99,7 +103,7 @@ def _call(model: ir.Model, layer: Layer, name: str, scheme: Scheme, step: np.nda
     model.graph.remove(scatter, safe=True)
 
 
-def _append(model: ir.Model, scatter: ir.Node, cached: Cached, steps: list[ir.Value]) -> list[ir.Value]:
+def _append(model: ir.Model, scatter: ir.Node, cached: Cached, beside: list[ir.Value]) -> list[ir.Value]:
     """AppendCache beside the TensorScatter, whose input and output of the model it takes: the buffers."""
     graph, (past, new, lengths), present = model.graph, scatter.inputs, scatter.outputs[0]
     _add_function(model, cached.function_name(APPEND), lambda opset: append_function(cached, opset))
@@ -107,7 +111,7 @@ def _append(model: ir.Model, scatter: ir.Node, cached: Cached, steps: list[ir.Va
     wide = cast(Before(scatter, present.name), new, ir.DataType.FLOAT, "float")
     append = ir.node(
         cached.function_name(APPEND),
-        [*pasts, wide, lengths, *steps],
+        [*pasts, wide, lengths, *beside],
         cached.attributes,
         domain=DOMAIN,
         num_outputs=len(pasts),
