@@ -54,9 +54,7 @@ class Case:
             for b in cached.buffers:
                 name = cached.name + b.name
                 shapes[name], kind[name] = ["b", *b.shape[1:]], ir.DataType.from_numpy(b.dtype)
-        given = [
-            ir.Value(name=n, type=ir.TensorType(kind[n]), shape=ir.Shape(shapes[n])) for n in made.inputs
-        ]
+        given = [ir.Value(name=n, type=ir.TensorType(kind[n]), shape=ir.Shape(shapes[n])) for n in made.inputs]
         node = ir.node(made.name, given, made.attributes, domain="porter", num_outputs=3)
         types = (ir.DataType.FLOAT, ir.DataType.FLOAT, ir.DataType.BOOL)
         for value, name, dtype in zip(node.outputs, ("y", "bound", "exact"), types, strict=True):
@@ -119,9 +117,7 @@ class Layer:
         for row in range(len(self.keys)):
             held = [self.cache.stored(s, row) for s in ("key", "value")]
             weights = attend(*held, self.queries[row], c.tau, c.softcap, c.window).weights
-            found.append(
-                bounds(self.cache, row, self.queries[row], weights, c.tau, c.softcap, c.window).output
-            )
+            found.append(bounds(self.cache, row, self.queries[row], weights, c.tau, c.softcap, c.window).output)
         return np.stack(found)
 
     def _of(self, name: str, row: int) -> np.ndarray:
@@ -132,9 +128,7 @@ class Layer:
         return attend(*pair, self.queries[row], c.tau, c.softcap, c.window).output
 
 
-def random(
-    case: Case, lengths: tuple[int, ...], steps: int, seed: int, tail: int = 1, loud: float = 1.0
-) -> Layer:
+def random(case: Case, lengths: tuple[int, ...], steps: int, seed: int, tail: int = 1, loud: float = 1.0) -> Layer:
     """Normals to the power of `tail`; queries `loud` times as long."""
     rng = np.random.default_rng(seed)
 
