@@ -41,17 +41,20 @@ def band(tags: np.ndarray) -> np.ndarray:
 
 
 def describe(tags: Iterable[int]) -> str:
-    """Tags in words, as `0-7, 16-31, user image 0-3`: neighbouring bands of a kind are one."""
+    """Tags in words, as `text 0-7, 16-31; user image 0-3`, the positions alone where they are those of all
+    kinds: neighbouring bands are one."""
     kinds: dict[int, list[int]] = {}
     for tag in sorted(tags):
         kinds.setdefault(tag // BANDS, []).append(tag % BANDS)
-    return ", ".join(f"{_kind(kind)}{part}" for kind, bands in kinds.items() for part in _spans(bands))
+    spans = {kind: ", ".join(_spans(bands)) for kind, bands in kinds.items()}
+    if len(spans) == COUNT // BANDS and len({*spans.values()}) == 1:
+        return spans[0]
+    return "; ".join(f"{_kind(kind)} {each}" for kind, each in spans.items())
 
 
 def _kind(kind: int) -> str:
     role, modality = divmod(kind, len(MODALITIES))
-    words = [w for w, usual in ((ROLES[role], not role), (MODALITIES[modality], not modality)) if not usual]
-    return "".join(f"{word} " for word in words)
+    return f"{ROLES[role]} {MODALITIES[modality]}" if role else MODALITIES[modality]
 
 
 def _spans(bands: list[int]) -> list[str]:

@@ -34,9 +34,11 @@ def test_kinds_do_not_meet(m, modality, r, role):
 
 
 def test_in_words():
-    assert tags.describe([0, 1, 3]) == "0-7, 16-31"
-    assert tags.describe([15]) == "from 65536"
-    assert tags.describe([14, 15]) == "from 32768"
-    assert tags.describe(range(16)) == "from 0"
+    assert tags.describe([0, 1, 3]) == "text 0-7, 16-31"
+    assert tags.describe([15]) == "text from 65536"
+    assert tags.describe([14, 15]) == "text from 32768"
+    assert tags.describe(range(16)) == "text from 0"
     assert tags.describe([]) == ""
-    assert tags.describe([2, 16, 17, 128 + 16 + 5]) == "8-15, image 0-7, user image 64-127"
+    found = tags.describe([2, 16, 17, 128 + 16 + 5])
+    assert found == "text 8-15; image 0-7; user image 64-127"
+    assert tags.describe(kind * 16 + band for kind in range(16) for band in (0, 2, 3)) == "0-3, 8-31"
