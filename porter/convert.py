@@ -23,7 +23,7 @@ from porter.drift.feeds import TokenFeeds
 from porter.drift.measure import Runnable, feeds_for, measure, tokenizer_files
 from porter.drift.streamed import Interface, Streamed
 from porter.errors import DriftError
-from porter.kvgraph.graph import BITS, BYTES, CAPACITY
+from porter.kvgraph.graph import BITS, BYTES, CAPACITY, READ
 from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
@@ -92,6 +92,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
                 attention=heads,
+                recomputed={name: port.tally for name, port in ports.items() if port.tally.steps},
                 memory=_memory(source, lowered, plan, watch) | _cache(model),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
@@ -278,9 +279,11 @@ def _cache(model: ir.Model) -> dict[str, Figure]:
     if BYTES not in about:
         return {}
     held = f"KV cache, {about[CAPACITY]} tokens x batch 1"
-    return {
-        held: Figure(int(about[BYTES]), "bytes", "estimated"),  # planned
-        "KV cache, scales and windows included": Figure(float(about[BITS]), "bits per value", "estimated"),
+    per_value = {"KV cache, scales and windows included": BITS, "KV cache, read without its exact copy": READ}
+    return {held: Figure(int(about[BYTES]), "bytes", "estimated")} | {  # planned
+        name: Figure(float(about[key]), "bits per value", "estimated")
+        for name, key in per_value.items()
+        if key in about
     }
 
 

@@ -118,3 +118,9 @@ def bounds(
 def enlarged(head_size: int, tokens: int) -> float:
     """What a term of the bound is multiplied by for the rounding of its own sums."""
     return 1 + (head_size + tokens + 16) * 2 * ROUNDOFF
+
+
+def allowed(tolerance: float, head_size: int) -> float:
+    """What the norm of an output, summed in float32, is multiplied by to be compared with the bound: the
+    tolerance, less what the sum may be too large."""
+    return tolerance * (1 - (head_size + 16) * 2 * ROUNDOFF)

@@ -81,12 +81,6 @@ def certified_function(certified: Certified, opset: int) -> ir.Function:
     return b.function(certified.name, certified.inputs, outputs, list(certified.attributes), opset)
 
 
-def largest_norm(tolerance: float, size: int) -> np.float32:
-    """What the norm of an output of `size` channels, summed in float32, is multiplied by for the bound to be
-    compared with: the tolerance less what the sum may be too large."""
-    return np.float32(tolerance * (1 - (size + 16) * 2 * bounds.ROUNDOFF))
-
-
 class _Certified:
     """The nodes; shapes are those of the module's docstring, C tokens in a buffer, H KV heads."""
 
@@ -104,7 +98,7 @@ class _Certified:
         bound = self._output_bound(self._variation(), weights, values)
         norm = self._norm(held)
         size = self.certified.value.size
-        limit = b.op("Mul", norm, b.number(largest_norm(self.certified.scheme.tolerance, size)))
+        limit = b.op("Mul", norm, b.number(bounds.allowed(self.certified.scheme.tolerance, size)))
         finite = b.op("Less", norm, b.number(np.float32(np.inf)))
         within = b.op("And", b.op("LessOrEqual", bound, limit), finite)
         y = b.op("Where", b.op("Unsqueeze", within, b.ints(3)), held, exact)

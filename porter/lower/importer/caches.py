@@ -69,12 +69,16 @@ def read(imp: Importer, cache: StoredCache) -> relax.Expr:
     return imp.call(kernel, [*cache.args, cache.total], list(cache.shape), "float32")
 
 
-def _scheme(imp: Importer, node: ir.Node) -> tuple[Scheme, str]:
-    text, side = attribute(node, "scheme", ""), attribute(node, "side", "")
+def scheme_of(imp: Importer, node: ir.Node) -> Scheme:
+    """What the attribute `scheme` says. Raises TargetError PORT-0423 when it cannot be read."""
     try:
-        scheme = parse(text)
+        return parse(attribute(node, "scheme", ""))
     except PassError as error:
         raise TargetError("PORT-0423", error.what, where=imp.current, hint=error.hint) from error
+
+
+def _scheme(imp: Importer, node: ir.Node) -> tuple[Scheme, str]:
+    scheme, text, side = scheme_of(imp, node), attribute(node, "scheme", ""), attribute(node, "side", "")
     if side not in ("key", "value") or not scheme.side(side).coded:
         what = f"a cache function is for a coded key or value side, not for {side!r} of {text!r}"
         raise TargetError("PORT-0423", what, where=imp.current)
