@@ -23,7 +23,9 @@ from porter.drift.feeds import TokenFeeds
 from porter.drift.measure import Runnable, feeds_for, measure, tokenizer_files
 from porter.drift.streamed import Interface, Streamed
 from porter.errors import DriftError
-from porter.kvgraph.graph import BITS, BYTES, CAPACITY, READ
+from porter.kv.layout import pools
+from porter.kv.tags import describe
+from porter.kvgraph.graph import BITS, BYTES, CAPACITY, DONE, READ
 from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
@@ -279,12 +281,19 @@ def _cache(model: ir.Model) -> dict[str, Figure]:
     if BYTES not in about:
         return {}
     held = f"KV cache, {about[CAPACITY]} tokens x batch 1"
+    tagged = {}
+    if decoder.TAGS in about:
+        scheme, chosen = kv.parse(about[DONE]), about[decoder.TAGS].replace("none", "").split()
+        more = pools(scheme, int(about[CAPACITY]))[1]
+        words = describe(map(int, chosen)) or "none"
+        what = f"KV cache, tokens that may be {scheme.key.more} and {scheme.value.more}; tags that ask: {words}"
+        tagged = {what: Figure(more, "tokens", "estimated")}
     per_value = {"KV cache, scales and windows included": BITS, "KV cache, read without its exact copy": READ}
     return {held: Figure(int(about[BYTES]), "bytes", "estimated")} | {  # planned
         name: Figure(float(about[key]), "bits per value", "estimated")
         for name, key in per_value.items()
         if key in about
-    }
+    } | tagged
 
 
 def _write_reports(report: DriftReport, folder: Path) -> None:
