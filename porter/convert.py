@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from porter import __version__, bundle, decoder, graph, memory, needs, target
+from porter import __version__, bundle, decoder, graph, kv, memory, needs, target
 from porter.calibrate.feeds import calibration
 from porter.context import Context
 from porter.drift import attention
@@ -286,7 +286,8 @@ def _cache(model: ir.Model) -> dict[str, Figure]:
         scheme, chosen = kv.parse(about[DONE]), about[decoder.TAGS].replace("none", "").split()
         more = pools(scheme, int(about[CAPACITY]))[1]
         words = describe(map(int, chosen)) or "none"
-        what = f"KV cache, tokens that may be {scheme.key.more} and {scheme.value.more}; tags that ask: {words}"
+        held_in = f"keys {scheme.key.more}, values {scheme.value.more}"
+        what = f"KV cache, places with more bits ({held_in}); tags that ask: {words}"
         tagged = {what: Figure(more, "tokens", "estimated")}
     per_value = {"KV cache, scales and windows included": BITS, "KV cache, read without its exact copy": READ}
     return {held: Figure(int(about[BYTES]), "bytes", "estimated")} | {  # planned
