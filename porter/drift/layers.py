@@ -110,7 +110,7 @@ def _layer(model: ir.Model, node: ir.Node, places: _Places, moving: set[ir.Value
         return None
     index = places[near.name][0]
     mine = [v for v in model.graph.outputs if v.name in places and places[v.name][0] == index]
-    new = {side: next(filter(None, (_appended(v) for v in mine if places[v.name][1] == side)), None)
+    new = {side: next(filter(None, (_appended(v) for v in mine if _side(places[v.name]) == side)), None)
            for side in ("key", "value")}  # fmt: skip
     if None in new.values():
         return None
@@ -172,6 +172,11 @@ def _certified(model: ir.Model, node: ir.Node, places: _Places) -> Layer:
         others=[total.name],
         reader=read,
     )
+
+
+def _side(place: tuple[int, str, str]) -> str:
+    """Of what kind a buffer is: there may be others than the one that keeps the cache's own name."""
+    return place[1].split("_")[0]
 
 
 def _has_graph(node: ir.Node) -> bool:
