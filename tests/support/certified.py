@@ -1,4 +1,4 @@
-"""Certified attention over caches of one's choice: the true errors, the definition's bounds, and adversaries."""
+"""Certified attention over caches of one's choice: true errors, the definition's bounds, and adversaries."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Case:
     def model(self) -> ir.Model:
         """One call of the function, from the inputs of `feeds`."""
         made = self.function
-        kind = {n: ir.DataType.FLOAT for n in made.inputs} | {"total_lengths": ir.DataType.INT64}
+        kind = dict.fromkeys(made.inputs, ir.DataType.FLOAT) | {"total_lengths": ir.DataType.INT64}
         kind["mask"] = ir.DataType.BOOL
         shapes: dict[str, list] = {
             "q": ["b", self.heads * self.shared, "s", self.size],
@@ -54,7 +54,9 @@ class Case:
             for b in cached.buffers:
                 name = cached.name + b.name
                 shapes[name], kind[name] = ["b", *b.shape[1:]], ir.DataType.from_numpy(b.dtype)
-        given = [ir.Value(name=n, type=ir.TensorType(kind[n]), shape=ir.Shape(shapes[n])) for n in made.inputs]
+        given = [
+            ir.Value(name=n, type=ir.TensorType(kind[n]), shape=ir.Shape(shapes[n])) for n in made.inputs
+        ]
         node = ir.node(made.name, given, made.attributes, domain="porter", num_outputs=3)
         types = (ir.DataType.FLOAT, ir.DataType.FLOAT, ir.DataType.BOOL)
         for value, name, dtype in zip(node.outputs, ("y", "bound", "exact"), types, strict=True):
@@ -88,7 +90,7 @@ class Layer:
         object.__setattr__(self, "cache", cache)
 
     def feeds(self) -> dict[str, np.ndarray]:
-        """Inputs of the case's model; what lies past a row's length is huge, so that reading it would show."""
+        """Inputs of the case's model; what lies past a row's length is huge: reading it would show."""
         found = {"q": self.queries, "total_lengths": self.cache.lengths.copy()}
         for name, array in self.cache.state.items():
             found[name] = array.copy()
@@ -117,7 +119,9 @@ class Layer:
         for row in range(len(self.keys)):
             held = [self.cache.stored(s, row) for s in ("key", "value")]
             weights = attend(*held, self.queries[row], c.tau, c.softcap, c.window).weights
-            found.append(bounds(self.cache, row, self.queries[row], weights, c.tau, c.softcap, c.window).output)
+            found.append(
+                bounds(self.cache, row, self.queries[row], weights, c.tau, c.softcap, c.window).output
+            )
         return np.stack(found)
 
     def _of(self, name: str, row: int) -> np.ndarray:
@@ -128,7 +132,9 @@ class Layer:
         return attend(*pair, self.queries[row], c.tau, c.softcap, c.window).output
 
 
-def random(case: Case, lengths: tuple[int, ...], steps: int, seed: int, tail: int = 1, loud: float = 1.0) -> Layer:
+def random(
+    case: Case, lengths: tuple[int, ...], steps: int, seed: int, tail: int = 1, loud: float = 1.0
+) -> Layer:
     """Normals to the power of `tail`; queries `loud` times as long."""
     rng = np.random.default_rng(seed)
 
@@ -141,23 +147,26 @@ def random(case: Case, lengths: tuple[int, ...], steps: int, seed: int, tail: in
 
 
 def adversarial(case: Case, lengths: tuple[int, ...], delta: float, steps: int = 1, seed: int = 0) -> Layer:
-    """Every key is rounded by almost half a step, with or against the query's sign in every channel but one,
-    which makes the step: half of the tokens' logits rise by delta and half fall. The values of the one half
-    and the other are opposite, each rounded by almost half a step away from zero. All queries are alike, up to
-    signs that keys follow."""
+    """What moves the output most. Every key is rounded by almost half a step, with or against the query's sign
+    in every channel but the first: an even token's logit is delta higher than its codes say, an odd one's
+    delta lower. The first channel makes the step, and the codes' logits of odd tokens 2 delta higher, so that
+    exact weights are even. Values of even and odd tokens are opposite, each rounded by almost half a step
+    towards where even tokens point. Row by row, `lengths` tokens."""
     rng, step = np.random.default_rng(seed), np.float32(2.0**-4)
     signs = rng.choice([-1.0, 1.0], case.size).astype(np.float32)
+    group, levels = parse(case.text).value.group or case.size, parse(case.text).value.bits
+    largest = np.float32(2 ** (levels - 1) - 1)
     keys, values = [], []
     for tokens in lengths:
-        turn = np.where(np.arange(tokens) % 2 == 0, 1, -1)[:, None].astype(np.float32)
-        key = np.float32(0.4999) * step * signs * turn
-        key[:, 0] = 127 * step
-        levels = np.float32(7) - np.float32(0.4999)
-        value = np.full((tokens, case.size), levels * 2, np.float32) * turn
-        value[:, :: parse(case.text).value.group or case.size] = 14 * turn
+        even = (np.arange(tokens) % 2 == 0)[:, None]
+        key = np.where(even, 1, -1).astype(np.float32) * np.float32(0.4999) * step * signs
+        key[:, 0] = np.where(even[:, 0], -127, 127) * step
+        value = np.where(even, largest - np.float32(0.5001), np.float32(0.4999) - largest)
+        value = np.repeat(value.astype(np.float32), case.size, axis=1)
+        value[:, ::group] = np.where(even, largest, -largest)
         keys.append(np.broadcast_to(key, (case.heads, tokens, case.size)).copy())
         values.append(np.broadcast_to(value, (case.heads, tokens, case.size)).copy())
     q = signs * np.float32(delta / case.tau / (max(case.size - 1, 1) * step / 2))
-    q[0] = 0 if case.size > 1 else q[0]
+    q[0] = delta / case.tau / (127 * step)
     shape = (len(lengths), case.heads * case.shared, steps, case.size)
     return Layer(case, keys, values, np.broadcast_to(q, shape).astype(np.float32).copy())
