@@ -110,10 +110,10 @@ def output_bound(
 
     spread = deviation(moments.square, moments.norm) + deviation(moments.error_square, moments.error)
     rest = np.sqrt(moments.square) * np.float32(4 * (tokens + 256) * ROUNDOFF)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         vanished = np.exp(2 * delta) * largest * np.float32(tokens * VANISHED * longest(element))
-    total = moments.error + moved_bound(delta) * spread + rest + vanished
-    return total * np.float32(enlarged(head_size, tokens))
+        total = moments.error + moved_bound(delta) * spread + rest + vanished
+        return total * np.float32(enlarged(head_size, tokens))
 
 
 def bounds(
