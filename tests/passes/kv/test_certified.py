@@ -19,7 +19,7 @@ from porter.pipeline import Pipeline
 
 CAPACITY, BATCH = 40, 2
 GQA = {"layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8}
-MHA = {"layers": 2, "heads": 2, "kv_heads": 2, "head_size": 5}
+MHA = {"layers": 2, "heads": 2, "kv_heads": 2, "head_size": 6}
 
 
 def made(text: str, **sizes: object) -> ir.Model:
