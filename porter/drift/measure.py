@@ -49,8 +49,8 @@ class Runnable:
     """A model that can be run: an ONNX file or a bundle, opened when `runner` is asked for.
 
     `vocabulary` is how many tokens it knows, `size` how many weights it has; `whole`: measured on whole texts
-    at once, not stepping through its cache; `streamed`: so, and a piece of the graph at a time. `tally` is that
-    of all its sessions.
+    at once, not stepping through its cache; `streamed`: so, and a piece of the graph at a time. `tally` is
+    that of all its sessions.
     """
 
     name: str

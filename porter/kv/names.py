@@ -38,7 +38,7 @@ PRESETS = {
     "turboquant3": "key=lloyd3-fp16-rotate value=lloyd3-fp16-rotate",
     "turboquant3.5": "key=lloyd3-fp16-rotate-mixed value=lloyd3-fp16-rotate-mixed",
     "turboquant2.5": "key=lloyd2-fp16-rotate-mixed value=lloyd2-fp16-rotate-mixed",
-    "certified": "key=int8 value=int4-g32 copy=fp32 tolerance=0.3",
+    "certified": "key=int8 value=int4-g32 copy=fp32 tolerance=0.5",
     "triaxial": "key=uint2+uint4-g32-fp16 value=uint2+uint4-g32-fp16 share=0.25 recent=128",
 }
 """The text of every scheme that has a name."""

@@ -1,8 +1,8 @@
 """CertifiedAttention: a model-local function that attends over codes, bounds what that changed, and where the
 bound is too large attends over the exact copy.
 
-    CertifiedAttention_…{scheme, scale, softcap, is_causal}(q float32 [B,Hq,S,D], present key buffers…, present
-        value buffers…, total_lengths int64 [B][, mask bool])
+    CertifiedAttention_…{scheme, scale, softcap, is_causal}(q float32 [B,Hq,S,D], present key buffers…,
+        present value buffers…, total_lengths int64 [B][, mask bool])
       -> y float32 [B,Hq,S,Dv], bound float32 [B,Hq,S], exact bool [B,Hq,S]
 
 Buffers are those of `porter.kv.layout`, in its order. The bound is that of `porter.kv.bounds`, computed in
@@ -90,14 +90,13 @@ class _Certified:
         self.count = b.cast(b.op("Squeeze", self.total, b.ints(3)), body.FLOAT)  # T, [B,1,1]
 
     def outputs(self) -> dict[str, str]:
-        b = self.b
+        b, size = self.b, self.certified.value.size
         keys, values = (self._decoded(c) for c in (self.certified.key, self.certified.value))
         held, weights = self._attention(keys, values)
         copies = [b.cast(f"{side}_copy", body.FLOAT) for side in ("key", "value")]
         exact, _ = self._attention(*copies)
-        bound = self._output_bound(self._variation(), weights, values)
-        norm = self._norm(held)
-        size = self.certified.value.size
+        norm = b.op("Sqrt", self._square(held))
+        bound = self._output_bound(self._logit_bound(), weights, values, norm)
         limit = b.op("Mul", norm, b.number(bounds.allowed(self.certified.scheme.tolerance, size)))
         finite = b.op("Less", norm, b.number(np.float32(np.inf)))
         within = b.op("And", b.op("LessOrEqual", bound, limit), finite)
@@ -127,33 +126,45 @@ class _Certified:
 
     # `porter.kv.bounds`, term by term.
 
-    def _variation(self) -> str:
-        """Total variation [B,Hq,S]."""
+    def _logit_bound(self) -> str:
+        """delta [B,Hq,S]."""
         b, made = self.b, self.certified
         size = made.key.size
         steps = b.op("ReduceMax", "key_scale", b.ints(3), keepdims=0)  # [B,H,C]
         steps = b.op("Unsqueeze", self._for_queries(steps), b.ints(2))  # [B,Hq,1,C]
-        largest = self._largest(b.op("Where", self._seen(), steps, b.number(0)))
-        half = 0.5 + bounds.ROUNDING + (size + 4) * 128 * bounds.ROUNDOFF
+        seen = b.op("Where", self._seen(), steps, b.number(0))
         total = b.op("ReduceSum", b.op("Abs", "q"), b.ints(3), keepdims=0)
-        factor = b.op("Mul", self._enlarged(size), b.number(half * abs(made.scale)))
-        delta = b.op("Mul", b.op("Mul", total, largest), factor)
-        delta = b.op("Add", delta, b.number(16 * bounds.ROUNDOFF * made.softcap + bounds.LEAST))
-        moved = b.op("Tanh", b.op("Mul", delta, b.number(0.5)))
-        return b.op("Min", b.op("Mul", moved, b.number(1 + 8 * bounds.ROUNDOFF)), b.number(1))
+        product = b.op("Mul", total, b.op("ReduceMax", seen, b.ints(3), keepdims=0))
+        half = b.number(bounds.key_half(size) * abs(made.scale))
+        delta = b.op("Mul", product, b.op("Mul", self._enlarged(size), half))
+        own = b.number(16 * bounds.ROUNDOFF * made.softcap + bounds.LEAST)
+        return b.op("Add", delta, b.op("Add", self._tokens(bounds.ROUNDOFF), own))
 
-    def _output_bound(self, variation: str, weights: str, values: str) -> str:
+    def _output_bound(self, delta: str, weights: str, values: str, norm: str) -> str:
         b, made = self.b, self.certified
-        errors = self._value_errors()  # [B,H,C]
+        size, errors = made.value.size, self._value_errors()  # [B,H,C]
+        columns = [self._for_queries(x) for x in (errors, b.op("Mul", errors, errors), self._square(values))]
+        columns = [b.op("Unsqueeze", x, b.ints(3)) for x in columns]
+        means = b.op("MatMul", weights, b.op("Concat", *columns, axis=3))  # [B,Hq,S,3]
+        error, error_square, square = (b.op("Squeeze", b.part(means, i, i + 1), b.ints(3)) for i in range(3))
+        spread = b.op("Add", self._deviation(square, norm), self._deviation(error_square, error))
+        power = b.op("Exp", b.op("Div", b.op("Mul", delta, delta), b.number(6)))
+        moved = b.op("Mul", b.op("Mul", delta, power), b.number(1 + 16 * bounds.ROUNDOFF))
+        rest = b.op("Mul", b.op("Sqrt", square), self._tokens(4 * bounds.ROUNDOFF))
         held = b.op("Less", b.ints(*range(made.key.capacity)), b.op("Squeeze", self.total, b.ints(3)))
-        sizes = b.op("Where", held, b.op("Add", self._norm(values), errors), b.number(0))
-        largest = self._for_queries(b.op("ReduceMax", sizes, b.ints(2), keepdims=1))  # [B,Hq,1]
-        room = b.op("Add", self.count, b.number(256))
-        rest = b.op("Mul", room, b.number(4 * bounds.ROUNDOFF))
-        moved = b.op("Mul", b.op("Add", b.op("Add", variation, variation), rest), largest)
-        column = b.op("Unsqueeze", self._for_queries(errors), b.ints(3))  # [B,Hq,C,1]
-        own = b.op("Squeeze", b.op("MatMul", weights, column), b.ints(3))
-        return b.op("Mul", b.op("Add", moved, own), self._enlarged(made.value.size))
+        largest = b.op("ReduceMax", b.op("Where", held, errors, b.number(0)), b.ints(2), keepdims=1)
+        factor = b.number(bounds.VANISHED * bounds.longest(made.value.side.element))
+        vanished = b.op("Mul", self._for_queries(largest), b.op("Mul", self.count, factor))
+        vanished = b.op("Mul", b.op("Exp", b.op("Add", delta, delta)), vanished)
+        terms = b.op("Sum", error, b.op("Mul", moved, spread), rest, vanished)
+        return b.op("Mul", terms, self._enlarged(size))
+
+    def _deviation(self, square: str, mean: str) -> str:
+        b = self.b
+        tokens = b.op("Add", self.count, b.number(self.certified.value.size + 16))
+        room = b.op("Mul", tokens, b.number(8 * bounds.ROUNDOFF))
+        left = b.op("Max", b.op("Sub", square, b.op("Mul", mean, mean)), b.number(0))
+        return b.op("Sqrt", b.op("Add", left, b.op("Mul", square, room)))
 
     def _value_errors(self) -> str:
         b, value = self.b, self.certified.value
@@ -161,9 +172,12 @@ class _Certified:
         sizes = np.diff([*range(0, value.size, group), value.size])
         steps = b.op("Max", "value_scale", b.number(bounds.LEAST))
         squares = b.op("Mul", b.op("Mul", steps, steps), b.constant(sizes, np.float32))
-        half = (0.5 + bounds.ROUNDING) * bounds.enlarged(value.size, 0)
         root = b.op("Sqrt", b.op("ReduceSum", squares, b.ints(3), keepdims=0))
-        return b.op("Mul", root, b.number(half))
+        return b.op("Mul", root, b.number(bounds.value_half(value.size)))
+
+    def _tokens(self, factor: float) -> str:
+        """(T + 256) times a factor, float32 [B,1,1]."""
+        return self.b.op("Mul", self.b.op("Add", self.count, self.b.number(256)), self.b.number(factor))
 
     def _enlarged(self, size: int) -> str:
         """`bounds.enlarged`, float32 [B,1,1]."""
@@ -184,13 +198,9 @@ class _Certified:
         seen = b.op("Less", tokens, end)
         return b.op("And", seen, "mask") if made.mask else seen
 
-    def _largest(self, x: str) -> str:
-        return self.b.op("ReduceMax", x, self.b.ints(3), keepdims=0)
-
-    def _norm(self, x: str) -> str:
-        """Over the last axis."""
-        b = self.b
-        return b.op("Sqrt", b.op("ReduceSum", b.op("Mul", x, x), b.ints(3), keepdims=0))
+    def _square(self, x: str) -> str:
+        """The sum of squares over the last axis."""
+        return self.b.op("ReduceSum", self.b.op("Mul", x, x), self.b.ints(3), keepdims=0)
 
     def _for_queries(self, x: str) -> str:
         """[B,H,N] -> [B,Hq,N]: each query head has that of the KV head that it reads."""

@@ -1,5 +1,5 @@
-"""A layer's cache in another form: each side as other floats, in plain ONNX, or behind a scheme's two functions;
-both sides, where there is an exact copy, behind functions that append and one that attends."""
+"""A layer's cache in another form: each side as other floats, in plain ONNX, or behind a scheme's two
+functions; both sides, where there is an exact copy, behind functions that append and one that attends."""
 
 from __future__ import annotations
 

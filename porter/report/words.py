@@ -122,13 +122,11 @@ def _kept(group: Kept) -> str:
 
 
 def recomputed(tallies: Mapping[str, Tally]) -> str:
-    """How often attention over a certified cache was computed again: "bound too large, computed from the exact
-    copy: 1.2 % of 4,800 head-steps"; of several runs, each by its name."""
+    """How often attention over a certified cache was computed again: "bound too large, computed from the
+    exact copy: 1.2 % of 4,800 head-steps"; of several runs, each by its name."""
     if not tallies:
         return ""
-    each = (
-        f"{clean(name)} {value(t.share, 'top1')} of {t.steps:,}".strip() for name, t in tallies.items()
-    )
+    each = (f"{clean(name)} {value(t.share, 'top1')} of {t.steps:,}".strip() for name, t in tallies.items())
     return f"bound too large, computed from the exact copy: {', '.join(each)} head-steps"
 
 

@@ -19,13 +19,11 @@ Sample = Callable[[np.ndarray], int]
 class Decode:
     """A decoding session of `batch` rows in step; `length` is the number of tokens that each row has cached.
 
-    `tally` counts, of a cache with an exact copy, how often that was read; it may be one that others count in.
+    `tally` counts, of a cache with an exact copy, how often that was read; others may count in it too.
     Raises ModelError PORT-0144 when the model has inputs that porter cannot fill.
     """
 
-    def __init__(
-        self, runner: Runner, decoder: Decoder, batch: int = 1, tally: Tally | None = None
-    ) -> None:
+    def __init__(self, runner: Runner, decoder: Decoder, batch: int = 1, tally: Tally | None = None) -> None:
         if decoder.others:
             what = f"the model has inputs porter has no meaning for: {', '.join(decoder.others)}"
             raise ModelError("PORT-0144", what, hint="export it without them")

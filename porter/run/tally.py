@@ -19,7 +19,9 @@ class Tally:
         """Count a step's outputs, bool [batch, heads, sequence] each; of tokens that are `real`, bool [batch,
         sequence] (None: all)."""
         for flags in layers:
-            counted = np.ones(flags.shape, bool) if real is None else np.broadcast_to(real[:, None], flags.shape)
+            counted = (
+                np.ones(flags.shape, bool) if real is None else np.broadcast_to(real[:, None], flags.shape)
+            )
             self.steps += int(counted.sum())
             self.exact += int((flags & counted).sum())
 

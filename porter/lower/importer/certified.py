@@ -46,11 +46,11 @@ def _attend(imp: Importer, node: ir.Node, q: Value, *inputs: Value) -> tuple[Val
     codes = of_codes(spec)
     kernel = imp.kernel(("attention", codes), lambda: kernels.attention(codes))
     shape = [batch, heads, steps]
-    held = imp.call(kernel, [query, *keys[:2], *values[:2], *lengths], [*shape, value.width + 1], "float32")
+    held = imp.call(kernel, [query, *keys[:2], *values[:2], *lengths], [*shape, codes.value.width], "float32")
     second = Certify(spec, key.scheme.tolerance)
     kernel = imp.kernel(("certify", second), lambda: certify(second))
     types = [("float32", [*shape, value.width]), ("float32", shape), ("bool", shape)]
-    return imp.call_all(kernel, [query, *keys[1:], *values, held, *lengths], types)
+    return imp.call_all(kernel, [query, *keys[1:], *values[1:], held, *lengths], types)
 
 
 def _side(imp: Importer, node: ir.Node, name: str, caches: list[relax.Expr]) -> Stored:

@@ -1,14 +1,16 @@
-"""Attention over a cache with an exact copy: over the codes, with a bound on what that changes, and over the copy
-for the heads and queries whose bound is too large (`porter.kvgraph.certified`).
+"""Attention over a cache with an exact copy: over the codes, with a bound on what that changes, and over the
+copy for the heads and queries whose bound is too large (`porter.kvgraph.certified`).
 
-Two kernels. The first is the ordinary one (`porter.lower.kernels.attention`) over codes whose values have one
-channel more, eps_t, the most that the value is off by: what it makes of it is sum p_t eps_t. The second finds
-the other terms of `porter.kv.bounds`, in float32 as that says, from the steps of the keys and the norms of
-the decoded values; it reads the copy of a (row, head, query) only where that is not within tolerance.
+Two kernels. The first is the ordinary one (`porter.lower.kernels.attention`) over codes whose values have
+three channels more: eps_t, the most that the value is off by, its square, and ||v^_t||^2. So their means
+under the weights are of the same pass. The second makes the bound of `porter.kv.bounds` of these, in float32
+as that says, and of the steps of keys and values; it reads the copy of a (row, head, query) only where the
+bound is not within tolerance.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from porter.kv import bounds
@@ -30,25 +32,25 @@ from porter.lower.kernels.define import (
 )
 from porter.lower.kernels.stored import LANES, Buffers, Stored, Tile
 
-TILE = 32  # tokens between two rescalings, and of values decoded at a time
-PIECES = 8  # of the context, for the norms of values: something for so many cores and each KV head
+TILE = 32  # tokens between two rescalings
+MORE = 3  # channels
 INFINITY = float("inf")
 
 
 @dataclass(frozen=True)
 class Erring:
-    """A Source: decoded values, and behind them one channel with each token's eps."""
+    """A Source: decoded values, and behind them each token's eps, eps^2 and ||v^||^2."""
 
     values: Stored
 
     @property
     def width(self) -> int:
-        """Head size and one."""
-        return self.values.width + 1
+        """Head size and three."""
+        return self.values.width + MORE
 
     @property
     def label(self) -> str:
-        """The element, and that its error is there."""
+        """The element, and what is with it."""
         return f"{self.values.label}_eps"
 
     def buffers(self, name: str, heads: int, length: Dim) -> list[Spec]:
@@ -60,9 +62,17 @@ class Erring:
     ) -> None:
         """See Source."""
         self.values.fill(at, name, tile, row, span, total)
+        width = self.values.width
         with loop(span[1] - span[0]) as i:
-            error = value_error(self.values, at[f"{name}_scale"], (*row, span[0] + i))
-            store(tile.rows, error, tile.at(i, self.values.width, 1))
+            error = local(1)
+            store(error, value_error(self.values, at[f"{name}_scale"], (*row, span[0] + i)), 0)
+
+            def square(d: Expr, i: Expr = i) -> Expr:
+                value = tile.rows[tile.at(i, 0, 1) + d]
+                return value * value
+
+            for k, value in enumerate((error[0], error[0] * error[0], summed(square, width))):
+                store(tile.rows, value, tile.at(i, width + k, 1))
 
 
 def value_error(values: Stored, scale: tirx.Buffer, where: tuple[Expr, Expr, Expr]) -> Expr:
@@ -73,11 +83,23 @@ def value_error(values: Stored, scale: tirx.Buffer, where: tuple[Expr, Expr, Exp
     for g, first in enumerate(range(0, width, group)):
         step = tirx.max(scale[(*where, i64(g))], f32(bounds.LEAST))
         squares = squares + step * step * f32(min(group, width - first))
-    return tirx.sqrt(squares) * f32((0.5 + bounds.ROUNDING) * bounds.enlarged(width, 0))
+    return tirx.sqrt(squares) * f32(bounds.value_half(width))
+
+
+def summed(term: Callable[[Expr], Expr], width: int) -> Expr:
+    """The sum over channels, in lanes."""
+    sums, rest = local(LANES), width % LANES
+    with loop(LANES, "vectorized") as v:
+        store(sums, f32(0), v)
+    with loop(width // LANES) as chunk, loop(LANES, "vectorized") as v:
+        store(sums, sums[v] + term(chunk * i64(LANES) + v), v)
+    for d in range(width - rest, width):
+        store(sums, sums[d % LANES] + term(i64(d)), d % LANES)
+    return _folded(sums, lambda a, b: a + b)
 
 
 def of_codes(spec: Attention) -> Attention:
-    """The first kernel: its result has one channel more than the values."""
+    """The first kernel: its result has three channels more than the values."""
     return replace(spec, value=Erring(spec.value))
 
 
@@ -95,7 +117,7 @@ class Certify:
 
 
 def certify(spec: Certify) -> tirx.PrimFunc:
-    """q, key scale and copy, value codes, scale and copy, the first kernel's result, lengths (, mask) -> y, bound
+    """q, key scale and copy, value scale and copy, the first kernel's result, lengths (, mask) -> y, bound
     float32 [b, hq, s], exact bool [b, hq, s]."""
     attention = spec.attention
     heads, width = attention.query_heads, attention.value.width
@@ -103,11 +125,11 @@ def certify(spec: Certify) -> tirx.PrimFunc:
         {suffix: (shape, dtype) for suffix, shape, dtype in side.planned(attention.heads)}
         for side in (attention.key, attention.value)
     )
-    planned = [("k", key, ("_scale", "_copy")), ("v", value, ("_codes", "_scale", "_copy"))]
+    planned = [("k", key, ("_scale", "_copy")), ("v", value, ("_scale", "_copy"))]
     buffers: list[Spec] = [
         ("q", ("b", heads, "s", attention.key.width), "float32"),
         *((n + part, ("b", *side[part][0]), side[part][1]) for n, side, parts in planned for part in parts),
-        ("held", ("b", heads, "s", width + 1), "float32"),
+        ("held", ("b", heads, "s", width + MORE), "float32"),
         ("lengths", ("b",), "int64"),
     ]
     if attention.mask:
@@ -149,14 +171,15 @@ class _Kernel:
     def emit(self) -> None:
         attention = self.spec.attention
         heads, count = i64(attention.query_heads), self.batch * i64(attention.heads)
-        norms = T.alloc_buffer((count, PIECES), "float32")
-        with loop(count * i64(PIECES), "parallel") as part:
-            store(norms, self._norm_of_piece(part), part // i64(PIECES), part % i64(PIECES))
+        largest = T.alloc_buffer((count,), "float32")
+        with loop(count, "parallel") as row:
+            store(largest, self._largest_error(row // i64(attention.heads), row % i64(attention.heads)), row)
         with loop(self.batch * heads * self.steps, "parallel") as task:
             place = self._place(task // self.steps // heads, task // self.steps % heads, task % self.steps)
             bound, norm = local(1), local(1)
-            store(bound, self._bound(place, norms), 0)
-            store(norm, tirx.sqrt(self._summed(lambda d: self._square(place, d), attention.value.width)), 0)
+            store(norm, tirx.sqrt(summed(lambda d: self._square(place, d), attention.value.width)), 0)
+            row = place.b * i64(attention.heads) + place.kv
+            store(bound, self._bound(place, norm[0], largest[row]), 0)
             # A bound or a norm that is no finite number is not within.
             limit = norm[0] * f32(bounds.allowed(self.spec.tolerance, attention.value.width))
             within = local(1, "bool")
@@ -183,74 +206,58 @@ class _Kernel:
     def _total(self, b: Expr) -> Expr:
         return tirx.max(tirx.min(self.at["lengths"][b], i64(self.spec.attention.length)), i64(0))
 
-    def _norm_of_piece(self, part: Expr) -> Expr:
-        """max ||v^|| + eps over a piece of a row's tokens and a KV head."""
-        values, heads = self.spec.attention.value, i64(self.spec.attention.heads)
-        row = (part // i64(PIECES) // heads, part // i64(PIECES) % heads)
-        total = self._total(row[0])
-        each = (total + i64(PIECES - 1)) // i64(PIECES)
-        begin = part % i64(PIECES) * each
-        end = tirx.min(begin + each, total)
-        width, padded = values.width, -(-values.width // LANES) * LANES
-        best, tile = local(1), local(TILE * padded)
+    def _largest_error(self, b: Expr, kv: Expr) -> Expr:
+        """max eps over a row's tokens."""
+        best = local(1)
         store(best, f32(0), 0)
-        at = {name: self.at[name] for name in ("v_codes", "v_scale")}
-        with loop(tirx.max(end - begin + i64(TILE - 1), i64(0)) // i64(TILE)) as number:
-            first = begin + number * i64(TILE)
-            last = tirx.min(first + i64(TILE), end)
-            values.fill(at, "v", Tile(tile, padded), row, (first, last), total)
-            with loop(last - first) as t:
-
-                def square(d: Expr, t: Expr = t) -> Expr:
-                    value = tile[t * i64(padded) + d]
-                    return value * value
-
-                norm = tirx.sqrt(self._summed(square, width))
-                error = value_error(values, self.at["v_scale"], (*row, first + t))
-                store(best, tirx.max(best[0], norm + error), 0)
+        with loop(self._total(b)) as t:
+            error = value_error(self.spec.attention.value, self.at["v_scale"], (b, kv, t))
+            store(best, tirx.max(best[0], error), 0)
         return best[0]
-
-    def _summed(self, term: object, width: int) -> Expr:
-        """The sum over channels, in lanes."""
-        sums, rest = local(LANES), width % LANES
-        with loop(LANES, "vectorized") as v:
-            store(sums, f32(0), v)
-        with loop(width // LANES) as chunk, loop(LANES, "vectorized") as v:
-            store(sums, sums[v] + term(chunk * i64(LANES) + v), v)
-        for d in range(width - rest, width):
-            store(sums, sums[d % LANES] + term(i64(d)), d % LANES)
-        return _folded(sums, lambda a, b: a + b)
 
     def _square(self, place: _Place, d: Expr) -> Expr:
         value = self.at["held"][place.b, place.head, place.i, d]
         return value * value
 
-    def _bound(self, place: _Place, norms: tirx.Buffer) -> Expr:
-        """`bounds.bounds` of one query."""
-        attention, count = self.spec.attention, tirx.Cast("float32", place.total)
-        size, width = attention.key.width, attention.value.width
+    def _bound(self, place: _Place, norm: Expr, largest: Expr) -> Expr:
+        """`bounds.output_bound` of one query."""
+        value, count = self.spec.attention.value, tirx.Cast("float32", place.total)
+        means = local(MORE)
+        for k in range(MORE):
+            store(means, self.at["held"][place.b, place.head, place.i, i64(value.width + k)], k)
+        error, error_square, square = (means[k] for k in range(MORE))
+        room = (count + f32(value.width + 16)) * f32(8 * bounds.ROUNDOFF)
 
-        def enlarged(channels: int) -> Expr:
-            return count * f32(2 * bounds.ROUNDOFF) + f32(bounds.enlarged(channels, 0))
+        def deviation(square: Expr, mean: Expr) -> Expr:
+            return tirx.sqrt(tirx.max(square - mean * mean, f32(0)) + square * room)
+
+        delta = local(1)
+        store(delta, self._logit_bound(place, count), 0)
+        # 1 / exp(-x): infinite where float32 has no more.
+        power = f32(1) / exp_below_zero(delta[0] * delta[0] / f32(-6))
+        moved = delta[0] * power * f32(1 + 16 * bounds.ROUNDOFF)
+        spread = deviation(square, norm) + deviation(error_square, error)
+        rest = tirx.sqrt(square) * ((count + f32(256)) * f32(4 * bounds.ROUNDOFF))
+        factor = count * f32(bounds.VANISHED * bounds.longest(value.side.element))
+        vanished = largest * factor / exp_below_zero(delta[0] * f32(-2))
+        return (error + moved * spread + rest + vanished) * self._enlarged(count, value.width)
+
+    def _logit_bound(self, place: _Place, count: Expr) -> Expr:
+        attention = self.spec.attention
+        size, steps = attention.key.width, local(1)
 
         def magnitude(d: Expr) -> Expr:
             value = self.at["q"][place.b, place.head, place.i, d]
             return tirx.max(value, f32(0) - value)
 
-        half = 0.5 + bounds.ROUNDING + (size + 4) * 128 * bounds.ROUNDOFF
-        steps = local(1)
         store(steps, self._largest_step(place), 0)
-        delta = self._summed(magnitude, size) * steps[0] * (enlarged(size) * f32(half * abs(attention.scale)))
-        delta = delta + f32(16 * bounds.ROUNDOFF * attention.softcap + bounds.LEAST)
-        variation = tirx.min(tanh(delta * f32(0.5)) * f32(1 + 8 * bounds.ROUNDOFF), f32(1))
-        largest, row = local(1), place.b * i64(attention.heads) + place.kv
-        store(largest, norms[row, 0], 0)
-        for piece in range(1, PIECES):
-            store(largest, tirx.max(largest[0], norms[row, piece]), 0)
-        rest = (count + f32(256)) * f32(4 * bounds.ROUNDOFF)
-        moved = (variation * f32(2) + rest) * largest[0]
-        own = self.at["held"][place.b, place.head, place.i, i64(width)]
-        return (moved + own) * enlarged(width)
+        half = f32(bounds.key_half(size) * abs(attention.scale))
+        delta = summed(magnitude, size) * steps[0] * (self._enlarged(count, size) * half)
+        own = f32(16 * bounds.ROUNDOFF * attention.softcap + bounds.LEAST)
+        return delta + ((count + f32(256)) * f32(bounds.ROUNDOFF) + own)
+
+    def _enlarged(self, count: Expr, channels: int) -> Expr:
+        return count * f32(2 * bounds.ROUNDOFF) + f32(bounds.enlarged(channels, 0))
 
     def _largest_step(self, place: _Place) -> Expr:
         """Of the keys that the query sees."""
@@ -324,7 +331,7 @@ class _Exact:
         def product(d: Expr) -> Expr:
             return query[d] * tirx.Cast("float32", copy[place.b, place.kv, t, d])
 
-        value = self.kernel._summed(product, attention.key.width)
+        value = summed(product, attention.key.width)
         if attention.softcap:
             value = tanh(value / f32(attention.softcap)) * f32(attention.softcap)
         return self.kernel.unmasked(value, f32(-INFINITY), place, t)
@@ -344,7 +351,7 @@ class _Exact:
                     store(out, sums[v], d + v)
 
 
-def _folded(lanes: tirx.Buffer, fold: object) -> Expr:
+def _folded(lanes: tirx.Buffer, fold: Callable[[Expr, Expr], Expr]) -> Expr:
     """Lanes folded into one."""
     size = LANES
     while size > 1:
