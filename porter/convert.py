@@ -290,11 +290,15 @@ def _cache(model: ir.Model) -> dict[str, Figure]:
         what = f"KV cache, places with more bits ({held_in}); tags that ask: {words}"
         tagged = {what: Figure(more, "tokens", "estimated")}
     per_value = {"KV cache, scales and windows included": BITS, "KV cache, read without its exact copy": READ}
-    return {held: Figure(int(about[BYTES]), "bytes", "estimated")} | {  # planned
-        name: Figure(float(about[key]), "bits per value", "estimated")
-        for name, key in per_value.items()
-        if key in about
-    } | tagged
+    return (
+        {held: Figure(int(about[BYTES]), "bytes", "estimated")}
+        | {  # planned
+            name: Figure(float(about[key]), "bits per value", "estimated")
+            for name, key in per_value.items()
+            if key in about
+        }
+        | tagged
+    )
 
 
 def _write_reports(report: DriftReport, folder: Path) -> None:

@@ -23,8 +23,8 @@ OPERATORS: frozenset[str] = frozenset(
 
 # Functions of a body each, by what their names begin with.
 PREFIXES: tuple[str, ...] = (
-    "porter.AssignSlots_",
     "porter.AppendCache_",
+    "porter.AssignSlots_",
     "porter.CertifiedAttention_",
     "porter.ReadCache_",
 )

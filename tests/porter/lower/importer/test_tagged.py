@@ -120,7 +120,7 @@ class Held:
             keys, values = (self.oracle.stored(s, row) for s in SIDES)
             want, top = attend(keys, values, q[row]).output, np.abs(values).max()
             sizes = np.abs(q[row]).sum(-1).max() * np.abs(keys).max() * size**-0.5
-            # Products of D terms, a code, a step and a minimum each; sums over the tokens and their rescaling.
+            # Products of D terms, of a code, a step and a minimum each; sums over tokens, and rescaling.
             bound = 2 * (size + 6) * UNIT * sizes + (2 * keys.shape[1] + 8) * UNIT
             assert np.abs(out["y"][row] - want).max() <= bound * top
 
