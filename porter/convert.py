@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from porter import __version__, bundle, decoder, graph, memory, needs, target
+from porter import __version__, bundle, decoder, graph, kv, memory, needs, target
 from porter.calibrate.feeds import calibration
 from porter.context import Context
 from porter.drift import attention
@@ -26,7 +26,9 @@ from porter.drift.feeds import TokenFeeds
 from porter.drift.measure import Runnable, feeds_for, measure, tokenizer_files
 from porter.drift.streamed import Interface, Streamed
 from porter.errors import DriftError
-from porter.kvgraph.graph import BITS, BYTES, CAPACITY
+from porter.kv.layout import pools
+from porter.kv.tags import describe
+from porter.kvgraph.graph import BITS, BYTES, CAPACITY, DONE, READ
 from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
@@ -95,6 +97,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
                 attention=heads,
+                recomputed={name: port.tally for name, port in ports.items() if port.tally.steps},
                 memory=_memory(source, lowered, plan, watch) | _cache(model),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
@@ -300,10 +303,24 @@ def _cache(model: ir.Model) -> dict[str, Figure]:
     if BYTES not in about:
         return {}
     held = f"KV cache, {about[CAPACITY]} tokens x batch 1"
-    return {
-        held: Figure(int(about[BYTES]), "bytes", "estimated"),  # planned
-        "KV cache, scales and windows included": Figure(float(about[BITS]), "bits per value", "estimated"),
-    }
+    tagged = {}
+    if decoder.TAGS in about:
+        scheme, chosen = kv.parse(about[DONE]), about[decoder.TAGS].replace("none", "").split()
+        more = pools(scheme, int(about[CAPACITY]))[1]
+        words = describe(map(int, chosen)) or "none"
+        held_in = f"keys {scheme.key.more}, values {scheme.value.more}"
+        what = f"KV cache, places with more bits ({held_in}); tags that ask: {words}"
+        tagged = {what: Figure(more, "tokens", "estimated")}
+    per_value = {"KV cache, scales and windows included": BITS, "KV cache, read without its exact copy": READ}
+    return (
+        {held: Figure(int(about[BYTES]), "bytes", "estimated")}
+        | {  # planned
+            name: Figure(float(about[key]), "bits per value", "estimated")
+            for name, key in per_value.items()
+            if key in about
+        }
+        | tagged
+    )
 
 
 def _write_reports(report: DriftReport, folder: Path) -> None:

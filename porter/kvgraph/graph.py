@@ -15,6 +15,7 @@ DONE = "porter.kv"  # the metadata entry of a model whose cache was rewritten: i
 CAPACITY = "porter.kv.capacity"
 BYTES = "porter.kv.bytes"  # of a batch of 1
 BITS = "porter.kv.bits"  # per cached number
+READ = "porter.kv.read"  # those that are read where the exact copy is not
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def test_over_budget(stories_onnx: Path, tmp_path: Path, keep: bool) -> None:
         (Options(target="nochip"), SpecError),
         (Options(weights="int5"), OptionError),
         (Options(kv="kivi9"), OptionError),
-        (Options(kv="triaxial"), OptionError),
+        (Options(kv="bf16"), OptionError),
         (Options(kv="kivi2 recent=many"), PassError),
         (Options(kv="key=int9"), PassError),
         (Options(budget="speed=1"), OptionError),

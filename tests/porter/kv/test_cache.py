@@ -225,12 +225,12 @@ def test_tagged_tokens_get_their_bits_until_the_room_is_spent():
     cache, keys, values, _ = made("triaxial recent=0 share=0.25", 8, tokens=20)
     tags = np.array([[1, 0, 1, 1, 1, 1, 1] + [0] * 13])
     cache.append(keys, values, tags=tags)
-    np.testing.assert_array_equal(np.flatnonzero(cache.state["slots"][0] < 0), [0, 2, 3, 4, 5])
+    np.testing.assert_array_equal(np.flatnonzero(cache.state["slots"][0, 0, :, 0] < 0), [0, 2, 3, 4, 5])
     error = np.abs(cache.keys(0) - keys[0]).mean(axis=(0, 2))
     assert error[[0, 2, 3, 4, 5]].max() < error[[1, *range(6, 20)]].min()
     full = made("triaxial recent=0 share=0.25", 8, tokens=20)[0]
     full.append(keys, values, tags=np.zeros((1, 20), int))
-    np.testing.assert_array_equal(np.flatnonzero(full.state["slots"][0] < 0), range(15, 20))
+    np.testing.assert_array_equal(np.flatnonzero(full.state["slots"][0, 0, :, 0] < 0), range(15, 20))
 
 
 def test_a_full_row_is_refused():
