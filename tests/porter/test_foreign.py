@@ -23,10 +23,10 @@ from onnxruntime.quantization import (
 
 from porter import graph, target
 from porter.context import Context
-from porter.convert import Options, pipeline_text
 from porter.decoder import recognise
 from porter.inspect import inspect
 from porter.lower.lower import lower
+from porter.options import Options, pipeline_text
 from porter.pipeline import Pipeline
 from porter.run.decode import Decode
 from porter.run.host import HostRunner

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from porter import target
-from porter.convert import Options, pipeline_text
 from porter.errors import OptionError
+from porter.options import Options, pipeline_text
 
 HOST = target.load("host")
 
