@@ -91,8 +91,7 @@ class Buffers:
         edit.model.metadata_props.setdefault(DONE, names.text_of(self.scheme))
         edit.model.metadata_props.setdefault(CAPACITY, str(self.capacity))
         constants = Constants(key_step=self.steps[0], value_step=self.steps[1])
-        for side in ("key", "value"):
-            store(edit.model, layer, side, self.scheme, constants)
+        store(edit.model, layer, self.scheme, constants)
 
 
 def buffers(edit: Editor) -> Buffers | None:

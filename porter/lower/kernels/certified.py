@@ -10,11 +10,10 @@ bound is not within tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from porter.kv import bounds
-from porter.lower.kernels.attention import LOWEST, Attention
+from porter.lower.kernels.attention import Attention
 from porter.lower.kernels.define import (
     Dim,
     Expr,
@@ -27,12 +26,11 @@ from porter.lower.kernels.define import (
     local,
     loop,
     store,
-    tanh,
     tirx,
 )
+from porter.lower.kernels.exact import Exact, Place, folded, summed, unmasked
 from porter.lower.kernels.stored import LANES, Buffers, Stored, Tile
 
-TILE = 32  # tokens between two rescalings
 MORE = 3  # channels
 INFINITY = float("inf")
 
@@ -86,18 +84,6 @@ def value_error(values: Stored, scale: tirx.Buffer, where: tuple[Expr, Expr, Exp
     return tirx.sqrt(squares) * f32(bounds.value_half(width))
 
 
-def summed(term: Callable[[Expr], Expr], width: int) -> Expr:
-    """The sum over channels, in lanes."""
-    sums, rest = local(LANES), width % LANES
-    with loop(LANES, "vectorized") as v:
-        store(sums, f32(0), v)
-    with loop(width // LANES) as chunk, loop(LANES, "vectorized") as v:
-        store(sums, sums[v] + term(chunk * i64(LANES) + v), v)
-    for d in range(width - rest, width):
-        store(sums, sums[d % LANES] + term(i64(d)), d % LANES)
-    return _folded(sums, lambda a, b: a + b)
-
-
 def of_codes(spec: Attention) -> Attention:
     """The first kernel: its result has three channels more than the values."""
     return replace(spec, value=Erring(spec.value))
@@ -148,18 +134,6 @@ def certify(spec: Certify) -> tirx.PrimFunc:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A query: its row, head, KV head and step; the row's tokens, and how many of the first it may see."""
-
-    b: Expr
-    head: Expr
-    kv: Expr
-    i: Expr
-    total: Expr
-    seen: Expr
-
-
-@dataclass(frozen=True)
 class _Kernel:
     """The body."""
 
@@ -191,9 +165,9 @@ class _Kernel:
                 with T.Then(), loop(attention.value.width, "vectorized") as d:
                     store(self.at["y"], self.at["held"][(*where, d)], *where, d)
                 with T.Else():
-                    _Exact(self, place).emit()
+                    Exact(attention, self.at, place).emit()
 
-    def _place(self, b: Expr, head: Expr, i: Expr) -> _Place:
+    def _place(self, b: Expr, head: Expr, i: Expr) -> Place:
         attention = self.spec.attention
         # A wrong length must not read what lies beside the cache.
         total = self._total(b)
@@ -201,7 +175,7 @@ class _Kernel:
         if attention.causal:
             seen = tirx.max(tirx.min(total, self.at["lengths"][b] - self.steps + i + i64(1)), i64(0))
         shared = i64(attention.query_heads // attention.heads)
-        return _Place(b, head, head // shared, i, total, seen)
+        return Place(b, head, head // shared, i, total, seen)
 
     def _total(self, b: Expr) -> Expr:
         return tirx.max(tirx.min(self.at["lengths"][b], i64(self.spec.attention.length)), i64(0))
@@ -215,11 +189,11 @@ class _Kernel:
             store(best, tirx.max(best[0], error), 0)
         return best[0]
 
-    def _square(self, place: _Place, d: Expr) -> Expr:
+    def _square(self, place: Place, d: Expr) -> Expr:
         value = self.at["held"][place.b, place.head, place.i, d]
         return value * value
 
-    def _bound(self, place: _Place, norm: Expr, largest: Expr) -> Expr:
+    def _bound(self, place: Place, norm: Expr, largest: Expr) -> Expr:
         """`bounds.output_bound` of one query."""
         value, count = self.spec.attention.value, tirx.Cast("float32", place.total)
         means = local(MORE)
@@ -242,7 +216,7 @@ class _Kernel:
         vanished = largest * factor / exp_below_zero(delta[0] * f32(-2))
         return (error + moved * spread + rest + vanished) * self._enlarged(count, value.width)
 
-    def _logit_bound(self, place: _Place, count: Expr) -> Expr:
+    def _logit_bound(self, place: Place, count: Expr) -> Expr:
         attention = self.spec.attention
         size, steps = attention.key.width, local(1)
 
@@ -259,7 +233,7 @@ class _Kernel:
     def _enlarged(self, count: Expr, channels: int) -> Expr:
         return count * f32(2 * bounds.ROUNDOFF) + f32(bounds.enlarged(channels, 0))
 
-    def _largest_step(self, place: _Place) -> Expr:
+    def _largest_step(self, place: Place) -> Expr:
         """Of the keys that the query sees."""
         scale, best = self.at["k_scale"], local(LANES)
         groups = int(scale.shape[3])
@@ -270,92 +244,11 @@ class _Kernel:
             found = scale[place.b, place.kv, t, i64(0)]
             for g in range(1, groups):
                 found = tirx.max(found, scale[place.b, place.kv, t, i64(g)])
-            return self.unmasked(found, f32(0), place, t)
+            return unmasked(self.spec.attention, self.at, found, f32(0), place, t)
 
         with loop(place.seen // i64(LANES)) as chunk, loop(LANES, "vectorized") as v:
             store(best, tirx.max(best[v], step(chunk * i64(LANES) + v)), v)
         whole = place.seen // i64(LANES) * i64(LANES)
         with loop(place.seen - whole) as t:
             store(best, tirx.max(best[0], step(whole + t)), 0)
-        return _folded(best, tirx.max)
-
-    def unmasked(self, value: Expr, other: Expr, place: _Place, t: Expr) -> Expr:
-        """The value where the mask lets the query see token t."""
-        shape = self.spec.attention.mask
-        if not shape:
-            return value
-        where = (place.b, place.head, place.i, t)
-        index = [i64(0) if dim == 1 else i for dim, i in zip(shape, where, strict=True)]
-        return tirx.Select(self.at["mask"][tuple(index)], value, other)
-
-
-@dataclass(frozen=True)
-class _Exact:
-    """Attention of one query over the copy, with running maximum and sum."""
-
-    kernel: _Kernel
-    place: _Place
-
-    def emit(self) -> None:
-        attention, place, at = self.kernel.spec.attention, self.place, self.kernel.at
-        width = attention.value.width
-        query, scores, out = local(attention.key.width), local(TILE), local(width)
-        top, total, fade = local(1), local(1), local(1)
-        with loop(attention.key.width) as d:
-            store(query, at["q"][place.b, place.head, place.i, d] * f32(attention.scale), d)
-        with loop(width) as d:
-            store(out, f32(0), d)
-        store(top, f32(LOWEST), 0)
-        store(total, f32(0), 0)
-        with loop((place.seen + i64(TILE - 1)) // i64(TILE)) as number:
-            first = number * i64(TILE)
-            count = tirx.min(i64(TILE), place.seen - first)
-            store(fade, top[0], 0)
-            with loop(count) as t:
-                store(scores, self._score(query, first + t), t)
-                store(top, tirx.max(top[0], scores[t]), 0)
-            store(fade, exp_below_zero(fade[0] - top[0]), 0)
-            store(total, total[0] * fade[0], 0)
-            with loop(count) as t:
-                store(scores, exp_below_zero(scores[t] - top[0]), t)
-                store(total, total[0] + scores[t], 0)
-            self._weigh(out, scores, fade[0], first, count)
-        with loop(width) as d:
-            value = tirx.Select(total[0] > f32(0), out[d] / total[0], f32(0))
-            store(at["y"], value, place.b, place.head, place.i, d)
-
-    def _score(self, query: tirx.Buffer, t: Expr) -> Expr:
-        attention, place = self.kernel.spec.attention, self.place
-        copy = self.kernel.at["k_copy"]
-
-        def product(d: Expr) -> Expr:
-            return query[d] * tirx.Cast("float32", copy[place.b, place.kv, t, d])
-
-        value = summed(product, attention.key.width)
-        if attention.softcap:
-            value = tanh(value / f32(attention.softcap)) * f32(attention.softcap)
-        return self.kernel.unmasked(value, f32(-INFINITY), place, t)
-
-    def _weigh(self, out: tirx.Buffer, scores: tirx.Buffer, fade: Expr, first: Expr, count: Expr) -> None:
-        """out = out * fade + weights . values, some channels at a time."""
-        copy, place, width = self.kernel.at["v_copy"], self.place, int(out.shape[0])
-        for start, lanes in ((0, LANES), (width // LANES * LANES, 1)):
-            with loop((width - start) // lanes) as chunk:
-                d, sums = i64(start) + chunk * i64(lanes), local(lanes)
-                with loop(lanes, "vectorized") as v:
-                    store(sums, out[d + v] * fade, v)
-                with loop(count) as t, loop(lanes, "vectorized") as v:
-                    value = tirx.Cast("float32", copy[place.b, place.kv, first + t, d + v])
-                    store(sums, sums[v] + scores[t] * value, v)
-                with loop(lanes, "vectorized") as v:
-                    store(out, sums[v], d + v)
-
-
-def _folded(lanes: tirx.Buffer, fold: Callable[[Expr, Expr], Expr]) -> Expr:
-    """Lanes folded into one."""
-    size = LANES
-    while size > 1:
-        size //= 2
-        with loop(size, "vectorized") as v:
-            store(lanes, fold(lanes[v], lanes[v + i64(size)]), v)
-    return lanes[0]
+        return folded(best, tirx.max)
