@@ -85,9 +85,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             model = graph.load(folder / bundle.MODEL)
             lowered = _lower(_standard(model), spec, folder, ported, progress)
             ports = partial(_ports, model, ported, reference, folder, plan)
-            drift, heads, recomputed = _measured(
-                _in_folder(reference, folder), ports, feeds, folder, single, progress
-            )
+            drift, heads, recomputed = _measured(reference, ports, feeds, folder, single, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)
@@ -207,7 +205,8 @@ def _measured(
     progress("measure", 0.0)
     with _measurable(folder) as path:
         ports = ports_of(path)
-        drift = measure(reference, ports, feeds, lambda f: progress("measure", f), folder, single)
+        kept = _in_folder(reference, folder)
+        drift = measure(kept, ports, feeds, lambda f: progress("measure", f), folder, single)
     port, recomputed = ports["total"], {name: p.tally for name, p in ports.items() if p.tally.steps}
     if not single or reference.streamed:
         return drift, [], recomputed
