@@ -28,12 +28,13 @@ from porter.drift.streamed import Interface, Streamed
 from porter.errors import DriftError
 from porter.kv.layout import pools
 from porter.kv.tags import describe
-from porter.kvgraph.graph import BITS, BYTES, CAPACITY, DONE, READ
+from porter.kvgraph.graph import BITS, CAPACITY, DONE, READ
 from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
 from porter.report.report import DriftReport, Figure, Stage
 from porter.run.reference import ReferenceRunner
+from porter.run.tally import Tally
 from porter.target import TargetSpec
 from porter.weights import select
 from porter.weights.base import WeightPass
@@ -84,7 +85,9 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             model = graph.load(folder / bundle.MODEL)
             lowered = _lower(_standard(model), spec, folder, ported, progress)
             ports = partial(_ports, model, ported, reference, folder, plan)
-            drift, heads = _measured(_in_folder(reference, folder), ports, feeds, folder, single, progress)
+            drift, heads, recomputed = _measured(
+                _in_folder(reference, folder), ports, feeds, folder, single, progress
+            )
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)
@@ -97,8 +100,8 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
                 attention=heads,
-                recomputed={name: port.tally for name, port in ports.items() if port.tally.steps},
-                memory=_memory(source, lowered, plan, watch) | _cache(model),
+                recomputed=recomputed,
+                memory=_memory(source, lowered, plan, watch) | _cache(model, lowered, ported),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
                 calibration=calibrated.facts,
@@ -198,15 +201,16 @@ def _measured(
     folder: Path,
     single: int,
     progress: Progress,
-) -> tuple[dict[str, Comparison], list[attention.Head]]:
-    """Drift of the ports, and what a quantized cache does to each head of a model that can be opened."""
+) -> tuple[dict[str, Comparison], list[attention.Head], dict[str, Tally]]:
+    """Drift of the ports, what a quantized cache does to each head of a model that can be opened, and how
+    often attention was computed from an exact copy."""
     progress("measure", 0.0)
     with _measurable(folder) as path:
         ports = ports_of(path)
         drift = measure(reference, ports, feeds, lambda f: progress("measure", f), folder, single)
-    port = ports["total"]
+    port, recomputed = ports["total"], {name: p.tally for name, p in ports.items() if p.tally.steps}
     if not single or reference.streamed:
-        return drift, []
+        return drift, [], recomputed
     progress("attention", 0.0)
     model = _standard(graph.load(folder / bundle.MODEL))
     steps = 1 if reference.whole else attention.STEPS  # a step of a large model decodes every weight
@@ -214,7 +218,7 @@ def _measured(
         model, port.decoder, port.runner, feeds, steps, lambda f: progress("attention", f)
     )
     port.close()
-    return drift, heads
+    return drift, heads, recomputed
 
 
 def _kept(model: ir.Model, pipeline: Pipeline) -> list[select.Kept]:
@@ -297,12 +301,14 @@ def _memory(source: Path, plan: Plan, needed: needs.Plan, watch: memory.Watch) -
     }
 
 
-def _cache(model: ir.Model) -> dict[str, Figure]:
-    """What a quantized cache takes; nothing for one of floats."""
+def _cache(model: ir.Model, plan: Plan, ported: decoder.Decoder) -> dict[str, Figure]:
+    """What a quantized cache takes, by the buffers of the lowered program; nothing for one of floats."""
     about = model.metadata_props
-    if BYTES not in about:
+    if BITS not in about:
         return {}
-    held = f"KV cache, {about[CAPACITY]} tokens x batch 1"
+    caches = {c.past for c in ported.caches}
+    rows = [(b, plan.bounds.get(b.shape[0]) or int(b.shape[0])) for b in plan.buffers if b.name in caches]
+    held = Figure(sum(b.bytes // batch for b, batch in rows), "bytes", "estimated")
     tagged = {}
     if decoder.TAGS in about:
         scheme, chosen = kv.parse(about[DONE]), about[decoder.TAGS].replace("none", "").split()
@@ -313,8 +319,8 @@ def _cache(model: ir.Model) -> dict[str, Figure]:
         tagged = {what: Figure(more, "tokens", "estimated")}
     per_value = {"KV cache, scales and windows included": BITS, "KV cache, read without its exact copy": READ}
     return (
-        {held: Figure(int(about[BYTES]), "bytes", "estimated")}
-        | {  # planned
+        {f"KV cache, {about[CAPACITY]} tokens x batch 1": held}
+        | {
             name: Figure(float(about[key]), "bits per value", "estimated")
             for name, key in per_value.items()
             if key in about

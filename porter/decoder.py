@@ -111,11 +111,24 @@ def recognise(model: ir.Model) -> Decoder:
         caches=tuple(caches),
         capacity=capacity,
         others=tuple(n for n in inputs if n not in spent),
-        context=int(_numbers(model, "porter.context_length", (0,))[0]),
+        context=context_length(model),
         eos=_numbers(model, "porter.eos", ()),
         exact=tuple(n for n in outputs if n.startswith(f"{EXACT}.")),
         **roles,
     )
+
+
+def context_length(model: ir.Model) -> int:
+    """The most tokens that a model was made for: what it says, else the positions that it has tables for; 0
+    when neither tells."""
+    return int(_numbers(model, "porter.context_length", (0,))[0]) or positions(model)
+
+
+def positions(model: ir.Model) -> int:
+    """The positions that a model has tables for, 0 without tables."""
+    from porter.symbolic.positions import positions as found  # sympy takes a while, and most models say
+
+    return found(model.graph, _NAMES["positions"])
 
 
 def _named_roles(inputs: Mapping[str, ir.Value]) -> dict[str, str]:
@@ -167,13 +180,14 @@ def _is_ids(value: ir.Value) -> bool:
 
 
 def _table_rows(value: ir.Value) -> int:
-    """Rows of the table that `value` indexes through Gather, perhaps after a Cast; 0 when it does not."""
+    """Rows of the table that `value` indexes through Gather, perhaps in another type or shape; 0 when it does
+    not."""
     rows = 0
     for node, index in value.uses():
         if node.op_type == "Gather" and index == 1 and node.inputs[0] is not None:
             shape = node.inputs[0].shape
             rows = max(rows, shape[0] if shape and isinstance(shape[0], int) else 1)
-        elif node.op_type == "Cast":
+        elif node.op_type in ("Cast", "Identity", "Reshape") and index == 0:
             rows = max(rows, _table_rows(node.outputs[0]))
     return rows
 
