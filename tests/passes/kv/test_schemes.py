@@ -26,7 +26,7 @@ GQA = {"heads": 4, "kv_heads": 2, "head_size": 8}
 MHA = {"heads": 2, "kv_heads": 2, "head_size": 12}
 ABSENT = ("triaxial", "certified")  # with tests of their own
 TEXTS = [
-    *(p for p in PRESETS if p not in (*ABSENT, "certified", "fp32", "bf16")),  # certified: test_certified.py
+    *(p for p in PRESETS if p not in (*ABSENT, "fp32", "bf16")),
     "kivi2 recent=4 key=uint2-g4-tokens-fp16",
     "kivi4 recent=8 sink=3 key=uint4-g8-tokens-fp16 rotate",
     "innerq recent=6 sink=2 value=int3-g4-tokens-fp16",
