@@ -12,7 +12,6 @@ queries).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -208,7 +207,7 @@ class _Kernel:
                 value = self.at["q"][place.b, place.head + i64(r), place.i, d] * f32(spec.scale)
                 store(query, value, i64(r * key_width) + d)
         work = _Work(
-            query, local(self.rows * TILE), local(TILE * max(key_width, width)), place, state, total_here
+            query, vec.scratch(self.rows * TILE), vec.scratch(TILE * max(key_width, width)), place, state, total_here
         )
         keys, values = self._multipliers(coded, query, state)
         with loop(count) as number:
@@ -231,12 +230,13 @@ class _Kernel:
         self, coded: list[Codes], query: tirx.Buffer, state: _State
     ) -> tuple[Keys | None, Values | None]:
         keys = values = None
+        zero = vec.hidden_zero(self.dims["s"])
         for side in coded:
             if side.stored is self.spec.key:
-                keys = Keys(side, self.rows, self.at, "k")
+                keys = Keys(side, self.rows, self.at, "k", zero)
                 keys.prepare(query)
             else:
-                values = Values(side, self.rows, self.at, "v")
+                values = Values(side, self.rows, self.at, "v", zero)
         return keys, values
 
     def _keys(self, work: _Work, keys: Keys | None, first: Expr, last: Expr) -> None:
@@ -311,24 +311,32 @@ class _Kernel:
 
     def _softmax(self, scores: tirx.Buffer, state: _State, place: _Place, first: Expr, count: Expr) -> None:
         """Scores to weights under the new maximum; the sums so far fade."""
-        spec, halves = self.spec, local(TILE)
+        spec = self.spec
+        with T.If(vec.held(count < i64(TILE))), T.Then():
+            for r in range(self.rows):
+                with loop(TILE - count) as t:
+                    store(scores, f32(float("-inf")), i64(r * TILE) + count + t)
         for r in range(self.rows):
             at, top = i64(r * TILE), local(1)
             if spec.softcap or spec.mask:
-                with loop(TILE) as t:
+                with loop(count) as t:
                     value = scores[at + t]
                     if spec.softcap:
                         value = tanh(value / f32(spec.softcap)) * f32(spec.softcap)
-                    where = (place.b, place.head + i64(r), place.i, first + tirx.min(t, count - i64(1)))
+                    where = (place.b, place.head + i64(r), place.i, first + t)
                     store(scores, self._masked(value, where), at + t)
-            with loop(TILE, "vectorized") as t:
-                store(scores, tirx.Select(t < count, scores[at + t], f32(float("-inf"))), at + t)
-            store(top, tirx.max(state.top[r], _folded(scores, at, halves, tirx.max)), 0)
+            vectors = [at + i64(i) for i in range(0, TILE, LANES)]
+            highest = vec.largest([vec.load(scores, (), i, LANES) for i in vectors])
+            store(top, tirx.max(state.top[r], highest), 0)
             store(state.fade, exp_below_zero(state.top[r] - top[0]), r)
             store(state.top, top[0], r)
-            with loop(TILE, "vectorized") as t:
-                store(scores, exp_below_zero(scores[at + t] - top[0]), at + t)
-            added = _folded(scores, at, halves, lambda a, b: a + b)
+            weights = []
+            for i in vectors:  # as they are read again: LLVM takes a wider store apart number by number
+                less = vec.held(vec.load(scores, (), i, LANES) - T.broadcast(top[0], LANES))
+                weight = exp_below_zero(less, LANES)
+                weights.append(vec.held(weight))
+                vec.put(scores, weights[-1], i, LANES)
+            added = vec.total(weights)
             store(state.total, state.total[r] * state.fade[r] + added, r)
 
     def _masked(self, value: Expr, where: tuple[Expr, ...]) -> Expr:
@@ -391,18 +399,6 @@ class _State:
             store(self.total, f32(0), r)
         with loop(rows * width, "vectorized") as v:
             store(self.out, f32(0), v)
-
-
-def _folded(values: tirx.Buffer, at: Expr, halves: tirx.Buffer, fold: Callable[[Expr, Expr], Expr]) -> Expr:
-    """A tile's values folded into one, halves first: lane by lane each would wait for the one before."""
-    size = TILE // 2
-    with loop(size, "vectorized") as v:
-        store(halves, fold(values[at + v], values[at + v + i64(size)]), v)
-    while size > 1:
-        size //= 2
-        with loop(size, "vectorized") as v:
-            store(halves, fold(halves[v], halves[v + i64(size)]), v)
-    return halves[0]
 
 
 def _added(sums: tirx.Buffer, count: int) -> tirx.Buffer:

@@ -30,10 +30,10 @@ WINDOWS = [byte for u in range(4) for byte in (3 * u, 3 * u + 1, 3 * u + 1, 3 * 
 class Keys:
     """The query's rows, rounded, and their products with tiles of codes."""
 
-    def __init__(self, codes: Codes, rows: int, at: Buffers, name: str) -> None:
-        self.codes, self.rows, self.at, self.name = codes, rows, at, name
+    def __init__(self, codes: Codes, rows: int, at: Buffers, name: str, zero: Expr) -> None:
+        self.codes, self.rows, self.at, self.name, self.zero = codes, rows, at, name, zero
         groups = rows * codes.chunks
-        self.integers = local(groups * LANES, "int32")  # 32 bytes for each row and chunk
+        self.integers = vec.scratch(groups * LANES * 32, "int8")  # a chunk's, four a vector, in every lane
         self.scale, self.sum = local(groups), local(groups)
         self.bias = local(groups, "int32")
         self.base = local(rows)  # what minimums along tokens add to each score
@@ -60,7 +60,10 @@ class Keys:
         whole = [vec.rounded_bits(x * inverse) for x in values]
         numbers = tirx.Cast("int8x32", vec.picked(whole, range(CHUNK)))
         ordered = vec.held(vec.bytes_at(vec.as_type(numbers, "uint8x32"), ORDER[self.codes.bits]))
-        vec.put(self.integers, vec.as_type(ordered, "int32x8"), place * LANES, LANES)
+        fours = vec.as_type(ordered, "int32x8")
+        for i in range(LANES):
+            four = vec.as_type(vec.picked([fours], [i] * LANES), "int8x32")
+            vec.put(self.integers, four, (place * LANES + i) * 32, 32)
         if self.codes.bias:
             ones = vec.as_type(vec.spread(0x01010101, LANES), "uint8x32")
             found = vec.total([vec.added_pairs(vec.words_of(ones, vec.as_type(ordered, "int8x32")))])
@@ -86,8 +89,10 @@ class Keys:
                 start = self.base[r] if self.codes.along_tokens and self._minimum is not None else f32(0)
                 vec.put(sums, T.broadcast(start, LANES), r * LANES, LANES)
             steps, lows = self._steps(row, first)
+            # 0, which LLVM does not know: else it loads all integers before the loop, only to store them again.
+            here = vec.held(block * tirx.Cast("int64", self.zero))
             for chunk, words in self._words(row, first):
-                self._multiply(sums, chunk, words, steps, lows)
+                self._multiply(sums, chunk, words, steps, lows, here)
             for r in range(self.rows):
                 vec.put(scores, vec.load(sums, (), r * LANES, LANES), i64(r * TILE) + block * i64(LANES), LANES)
 
@@ -134,7 +139,7 @@ class Keys:
                 first = min(12 * chunk, size - 16)
                 order = [12 * chunk - first + i for i in WINDOWS]
                 words = self._transposed(row, token, first, order)
-                yield chunk, [v for w in words for v in _threes(vec.as_type(w, "uint16x16"))]
+                yield chunk, [v for w in words for v in _threes(vec.as_type(w, "uint16x16"), self.zero)]
 
     def _transposed(
         self, row: tuple[Expr, Expr], token: Expr, byte: int, order: list[int] | None = None
@@ -152,7 +157,8 @@ class Keys:
         return [vec.held(vec.picked(pairs[i : i + 2], o)) for i in (0, 2) for o in (low, high)]
 
     def _multiply(
-        self, sums: tirx.Buffer, chunk: int, words: list[Expr], steps: list[Expr], lows: list[Expr]
+        self, sums: tirx.Buffer, chunk: int, words: list[Expr], steps: list[Expr], lows: list[Expr],
+        here: Expr,
     ) -> None:
         """sums[r] += a chunk's products."""
         codes, found = self.codes, local(self.rows * 16, "int16")
@@ -162,8 +168,8 @@ class Keys:
         for i, word in enumerate(words):
             code = vec.held(word)
             for r in range(self.rows):
-                number = self.integers[(r * codes.chunks + chunk) * LANES + i]
-                product = vec.words_of(code, vec.as_type(vec.spread(number, LANES), "int8x32"))
+                place = i64(((r * codes.chunks + chunk) * LANES + i) * 32) + here
+                product = vec.words_of(code, vec.load(self.integers, (), place, 32))
                 vec.put(found, vec.load(found, (), r * 16, 16) + product, r * 16, 16)
         for r in range(self.rows):
             place = r * codes.chunks + chunk
@@ -186,9 +192,9 @@ def _bits(words: Expr, shift: int, bits: int) -> Expr:
     return vec.masked(vec.as_type(moved, "uint8x32"), 0x03030303 if bits == 2 else 0x0F0F0F0F)
 
 
-def _threes(words: Expr) -> Iterator[Expr]:
+def _threes(words: Expr, zero: Expr) -> Iterator[Expr]:
     """Words of bytes 0 and 1, then 1 and 2, of three: of their eight codes 2 0 6 4, then 3 1 7 5."""
     for down, up in (((6, 10), (8, 4)), ((9, 13), (5, 1))):
         low = vec.masked(vec.as_type(vec.shifted_down(words, down), "uint8x32"), 0x00070007)
-        high = vec.masked(vec.as_type(vec.shifted_up(words, up), "uint8x32"), 0x07000700)
+        high = vec.masked(vec.as_type(vec.shifted_up(words, up, zero), "uint8x32"), 0x07000700)
         yield vec.both(low, high)

@@ -16,16 +16,17 @@ from porter.lower.kernels.stored import LANES, Buffers
 
 LIMIT = 255  # of weights' integers
 PAIRS = TILE // 2
+UNROLLED = 4  # pairs
 
 
 class Values:
     """Weights, rounded, and their products with tiles of codes."""
 
-    def __init__(self, codes: Codes, rows: int, at: Buffers, name: str) -> None:
-        self.codes, self.rows, self.at, self.name = codes, rows, at, name
+    def __init__(self, codes: Codes, rows: int, at: Buffers, name: str, zero: Expr) -> None:
+        self.codes, self.rows, self.at, self.name, self.zero = codes, rows, at, name, zero
         self.sets = 1 if codes.along_tokens else codes.chunks  # how often a row's weights are rounded
         self.parts = 2 if codes.bits == 4 else 1  # of a tile, whose sums fit 16 bits
-        self.pairs = local(rows * self.sets * PAIRS, "int32")  # a pair of weights, twice, for each pair
+        self.pairs = vec.scratch(rows * self.sets * PAIRS, "int32")  # a pair of weights, twice, for each pair
         self.scale = local(rows * self.sets)
         self.bias = local(rows * self.sets * self.parts, "int32")
         self.sum = local(rows)  # of a row's rounded weights
@@ -33,7 +34,7 @@ class Values:
         self.span = 128 if codes.bits == 2 else 64  # channels that a vector of packed codes has
         self.vectors = self.span * 2 // 32
         self.signs = local(codes.width // 4, "uint8")  # of hybrid codes of 2 bits, which top bits to turn
-        self.bytes = local(PAIRS * self.vectors * 32, "uint8")
+        self.bytes = vec.scratch(PAIRS * self.vectors * 32, "uint8")
 
     def channels(self, index: int) -> list[int]:
         """The eight channels of a chunk's vector `index`."""
@@ -133,7 +134,7 @@ class Values:
         for name in ("scale", "min"):
             buffer = self.at.get(f"{self.name}_{name}")
             if buffer is not None:
-                found.append(local(codes.width))
+                found.append(vec.scratch(codes.width))
                 for chunk in range(codes.chunks):
                     four = [vec.load(buffer, group, chunk * CHUNK + i, LANES) for i in range(0, CHUNK, LANES)]
                     for index in range(4):
@@ -195,9 +196,9 @@ class Values:
             both = vec.bytes_at(both, [*WINDOWS, *(i + 4 for i in WINDOWS)])
             words.append(vec.held(vec.as_type(both, "uint16x16")))
         a, b = words
-        moved = [vec.held(vec.shifted_up(x, (4, 0))) for x in words]  # codes 0 at bit 4, 2 at bit 10
+        moved = [vec.held(vec.shifted_up(x, (4, 0), self.zero)) for x in words]  # codes 0 at bit 4, 2 at bit 10
         low = [moved[0] >> vec.spread(4, 16, "uint16"), *(vec.shifted_down(a, s) for s in ((3, 7), (6, 10), (9, 13)))]
-        high = [vec.shifted_up(b, (8, 4)), vec.shifted_up(b, (5, 1)), moved[1] >> vec.spread(2, 16, "uint16"),
+        high = [vec.shifted_up(b, (8, 4), self.zero), vec.shifted_up(b, (5, 1), self.zero), moved[1] >> vec.spread(2, 16, "uint16"),
                 vec.shifted_down(b, (1, 5))]  # fmt: skip
         return [
             vec.both(vec.masked(vec.as_type(x, "uint8x32"), 0x00070007), vec.masked(vec.as_type(y, "uint8x32"), 0x07000700))
@@ -222,20 +223,24 @@ class Values:
         for r in range(self.rows):
             for i in range(2):
                 vec.put(sums, self._start(r, sets, part), (2 * r + i) * 16, 16)
-        with loop(each) as step:
-            pair = step + i64(part * each)
-            code = [
-                vec.held(vec.as_type(vec.load(self.bytes, (), (pair * i64(self.vectors) + i64(index + i)) * i64(32), 32), "int8x32"))
-                for i in range(2)
-            ]
-            for r in range(self.rows):
-                numbers = vec.held(self._numbers(r, sets, pair))
-                for i in range(2):
-                    at = (2 * r + i) * 16
-                    vec.put(sums, vec.load(sums, (), at, 16) + vec.words_of(numbers, code[i]), at, 16)
+        with loop(each // UNROLLED) as step:
+            for j in range(UNROLLED):
+                self._step(sums, sets, step * i64(UNROLLED) + i64(part * each + j), index)
         for r in range(self.rows):
             for i in range(2):
                 self._add(out, fade, sums, r, i, places[i], part, steps)
+
+    def _step(self, sums: tirx.Buffer, sets: list[int], pair: Expr, index: int) -> None:
+        """A pair's products."""
+        code = []
+        for i in range(2):
+            at = (pair * i64(self.vectors) + i64(index + i)) * i64(32)
+            code.append(vec.held(vec.as_type(vec.load(self.bytes, (), at, 32), "int8x32")))
+        for r in range(self.rows):
+            numbers = vec.held(self._numbers(r, sets, pair))
+            for i in range(2):
+                at = (2 * r + i) * 16
+                vec.put(sums, vec.load(sums, (), at, 16) + vec.words_of(numbers, code[i]), at, 16)
 
     def _start(self, r: int, sets: list[int], part: int) -> Expr:
         if not self.codes.bias or self._low_along_tokens:

@@ -27,6 +27,13 @@ def held(value: Expr) -> Expr:
     return kept[at]
 
 
+def scratch(size: int, dtype: str = "float32") -> tirx.Buffer:
+    """A private array that stays in memory: LLVM takes apart what it can keep in registers, and where vectors
+    and numbers share an array, joins it again lane by lane."""
+    bits = int("".join(c for c in dtype if c.isdigit()))
+    return local(max(size, 8 * 1024 // bits), dtype)  # TVM takes it from the heap (see `local`)
+
+
 def ints(values: Sequence[int], dtype: str = "int32") -> Expr:
     """A constant vector."""
     whole = [tirx.IntImm("int32", i) for i in range(len(values))]
@@ -77,9 +84,15 @@ def bytes_at(vector: Expr, order: Sequence[int]) -> Expr:
     return T.call_llvm_pure_intrin("uint8x32", "llvm.x86.avx2.pshuf.b", vector, control)
 
 
-def shifted_up(words: Expr, shifts: Sequence[int]) -> Expr:
-    """uint16x16: each word by its own shift, a pattern that repeats."""
-    return words * _powers([1 << n for n in shifts])
+def hidden_zero(size: Expr) -> Expr:
+    """0 of a size, int64, of which LLVM does not know that it is below 2^62; uint16."""
+    return held(tirx.Cast("uint16", size >> i64(62)))
+
+
+def shifted_up(words: Expr, shifts: Sequence[int], zero: Expr) -> Expr:
+    """uint16x16: each word by its own shift, a pattern that repeats. AVX2 has no such shift of words, and LLVM
+    would take three instructions for a product with powers of two that it knows; `zero` hides them."""
+    return words * (_powers([1 << n for n in shifts]) + T.broadcast(zero, 16))
 
 
 def shifted_down(words: Expr, shifts: Sequence[int]) -> Expr:
@@ -137,3 +150,13 @@ def _folded(values: Sequence[Expr], fold: object) -> Expr:
     for far in (4, 2, 1):
         vector = held(fold(vector, picked([vector], [i ^ far for i in range(8)])))
     return picked([vector], [0])
+
+
+def prefetch(buffer: tirx.Buffer, where: Sequence[Expr], tokens: int) -> None:
+    """Ask for rows of the last axis, from `where` on, so many of them; what lies beyond the end is no fault."""
+    bits = int("".join(c for c in str(buffer.dtype) if c.isdigit()))
+    size = tokens * int(buffer.shape[-1]) * bits // 8
+    for byte in range(0, size, 64):
+        place = T.address_of(buffer[(*where, i64(byte * 8 // bits))])
+        flags = [tirx.IntImm("int32", n) for n in (0, 3, 1)]
+        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", place, *flags))
