@@ -12,7 +12,6 @@ queries).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,9 +31,12 @@ from porter.lower.kernels.define import (
     tanh,
     tirx,
 )
+from porter.lower.kernels import vectors as vec
+from porter.lower.kernels.packed import TILE, Codes, codes_of
+from porter.lower.kernels.packed_keys import Keys
+from porter.lower.kernels.packed_values import Values
 from porter.lower.kernels.stored import LANES, Cache, Source, Tile
 
-TILE = 32  # tokens decoded at a time, between two rescalings: 16 kB of float32 at head size 128
 ROWS = 8  # at most so many query heads share a decoded tile
 TASKS = 16  # one query's heads and pieces of the context: something for so many cores
 # A finite "minus infinity": exp(-inf - LOWEST) is 0, exp(-inf - -inf) would be NaN. It is the lowest float32
@@ -183,35 +185,100 @@ class _Kernel:
         whole = self.dims[spec.length] if isinstance(spec.length, str) else i64(spec.length)
         total = self.at["lengths"][place.b] if spec.offset == "lengths" else whole
         # A wrong length must not read what lies beside the cache.
-        total_here = tirx.max(tirx.min(total, whole), i64(0))
+        total_here = vec.held(tirx.max(tirx.min(total, whole), i64(0)))
         seen = total
         if spec.causal:
             first = {"start": i64(0), "end": whole - steps, "lengths": seen - steps}[spec.offset]
             seen = tirx.min(seen, first + place.i + i64(1))
-        seen = tirx.max(tirx.min(seen, total_here), i64(0))
-        each = (seen + pieces * i64(TILE) - i64(1)) // (pieces * i64(TILE)) * i64(TILE)
-        begin, end = piece * each, tirx.min((piece + i64(1)) * each, seen)
+        seen = vec.held(tirx.max(tirx.min(seen, total_here), i64(0)))
+        coded = self._coded()
+        # Tiles of codes begin with the groups, behind the sinks.
+        shift = -coded[0].stored.scheme.sink % TILE if coded else 0
+        tiles = tirx.Select(seen > i64(0), (seen + i64(shift + TILE - 1)) // i64(TILE), i64(0))
+        each = (tiles + pieces - i64(1)) // pieces
+        begin, end = vec.held(piece * each), tirx.min((piece + i64(1)) * each, tiles)
+        count = vec.held(tirx.max(end - begin, i64(0)))
         key_width, width = _up(spec.key.width), _up(spec.value.width)
         query, state = local(self.rows * key_width), _State(self.rows, width)
-        scores, tile = local(self.rows * TILE), local(TILE * max(key_width, width))
         for r in range(self.rows):
             for d in range(spec.key.width, key_width):
                 store(query, f32(0), r * key_width + d)
             with loop(spec.key.width, "vectorized") as d:
                 value = self.at["q"][place.b, place.head + i64(r), place.i, d] * f32(spec.scale)
                 store(query, value, i64(r * key_width) + d)
-        keys, values = Tile(tile, key_width), Tile(tile, width)
-        with loop(tirx.max(end - begin + i64(TILE - 1), i64(0)) // i64(TILE)) as number:
-            first = begin + number * i64(TILE)
-            last = tirx.min(first + i64(TILE), end)
-            row = (place.b, place.kv)
-            self._clear(keys, spec.key.width)
-            spec.key.fill(self.at, "k", keys, row, (first, last), total_here)
-            self._scores(scores, query, keys)
-            self._softmax(scores, state, place, first, last - first)
-            spec.value.fill(self.at, "v", values, row, (first, last), total_here)
-            self._weigh(state, scores, values, last - first)
+        work = _Work(
+            query, vec.scratch(self.rows * TILE), vec.scratch(TILE * max(key_width, width)), place, state, total_here
+        )
+        keys, values = self._multipliers(coded, query, state)
+        with loop(count) as number:
+            at = (begin + number) * i64(TILE) - i64(shift)
+            first, last = vec.held(tirx.max(at, i64(0))), vec.held(tirx.min(at + i64(TILE), seen))
+            self._keys(work, keys, first, last)
+            self._softmax(work.scores, state, place, first, last - first)
+            self._values(work, values, first, last)
+        if values:
+            values.to_order(state.out, back=True)
         return state
+
+    def _coded(self) -> list[Codes]:
+        """The sides whose codes are multiplied as they are; their tiles must begin alike."""
+        sides = [codes_of(side) for side in (self.spec.key, self.spec.value)]
+        found = [side for side in sides if side is not None]
+        return [side for side in found if side.stored.scheme.sink == found[0].stored.scheme.sink]
+
+    def _multipliers(
+        self, coded: list[Codes], query: tirx.Buffer, state: _State
+    ) -> tuple[Keys | None, Values | None]:
+        keys = values = None
+        zero = vec.hidden_zero(self.dims["s"])
+        for side in coded:
+            if side.stored is self.spec.key:
+                keys = Keys(side, self.rows, self.at, "k", zero)
+                keys.prepare(query)
+            else:
+                values = Values(side, self.rows, self.at, "v", zero)
+        return keys, values
+
+    def _keys(self, work: _Work, keys: Keys | None, first: Expr, last: Expr) -> None:
+        """The scores of tokens from `first` to `last` - 1."""
+        spec, row = self.spec, (work.place.b, work.place.kv)
+
+        def decoded() -> None:
+            tile = Tile(work.tile, _up(spec.key.width))
+            self._clear(tile, spec.key.width)
+            spec.key.fill(self.at, "k", tile, row, (first, last), work.total)
+            self._scores(work.scores, work.query, tile)
+
+        if keys is None:
+            decoded()
+            return
+        with T.If(vec.held(keys.codes.whole(first, work.total))):
+            with T.Then():
+                token = vec.held(first - i64(keys.codes.stored.scheme.sink))
+                keys.scores(work.query, work.scores, row, token)
+            with T.Else():
+                decoded()
+
+    def _values(self, work: _Work, values: Values | None, first: Expr, last: Expr) -> None:
+        """The weighted sum of those tokens' values."""
+        spec, row, state = self.spec, (work.place.b, work.place.kv), work.state
+
+        def decoded() -> None:
+            tile = Tile(work.tile, _up(spec.value.width))
+            spec.value.fill(self.at, "v", tile, row, (first, last), work.total)
+            self._weigh(state, work.scores, tile, last - first)
+
+        if values is None:
+            decoded()
+            return
+        with T.If(vec.held(values.codes.whole(first, work.total))):
+            with T.Then():
+                token = vec.held(first - i64(values.codes.stored.scheme.sink))
+                values.weigh(state.out, work.scores, state.fade, row, token)
+            with T.Else():
+                values.to_order(state.out, back=True)
+                decoded()
+                values.to_order(state.out)
 
     def _clear(self, tile: Tile, width: int) -> None:
         """Channels past the width, which values may have overwritten: 0 times anything but NaN is 0."""
@@ -244,24 +311,32 @@ class _Kernel:
 
     def _softmax(self, scores: tirx.Buffer, state: _State, place: _Place, first: Expr, count: Expr) -> None:
         """Scores to weights under the new maximum; the sums so far fade."""
-        spec, halves = self.spec, local(TILE)
+        spec = self.spec
+        with T.If(vec.held(count < i64(TILE))), T.Then():
+            for r in range(self.rows):
+                with loop(TILE - count) as t:
+                    store(scores, f32(float("-inf")), i64(r * TILE) + count + t)
         for r in range(self.rows):
             at, top = i64(r * TILE), local(1)
             if spec.softcap or spec.mask:
-                with loop(TILE) as t:
+                with loop(count) as t:
                     value = scores[at + t]
                     if spec.softcap:
                         value = tanh(value / f32(spec.softcap)) * f32(spec.softcap)
-                    where = (place.b, place.head + i64(r), place.i, first + tirx.min(t, count - i64(1)))
+                    where = (place.b, place.head + i64(r), place.i, first + t)
                     store(scores, self._masked(value, where), at + t)
-            with loop(TILE, "vectorized") as t:
-                store(scores, tirx.Select(t < count, scores[at + t], f32(float("-inf"))), at + t)
-            store(top, tirx.max(state.top[r], _folded(scores, at, halves, tirx.max)), 0)
+            vectors = [at + i64(i) for i in range(0, TILE, LANES)]
+            highest = vec.largest([vec.load(scores, (), i, LANES) for i in vectors])
+            store(top, tirx.max(state.top[r], highest), 0)
             store(state.fade, exp_below_zero(state.top[r] - top[0]), r)
             store(state.top, top[0], r)
-            with loop(TILE, "vectorized") as t:
-                store(scores, exp_below_zero(scores[at + t] - top[0]), at + t)
-            added = _folded(scores, at, halves, lambda a, b: a + b)
+            weights = []
+            for i in vectors:  # as they are read again: LLVM takes a wider store apart number by number
+                less = vec.held(vec.load(scores, (), i, LANES) - T.broadcast(top[0], LANES))
+                weight = exp_below_zero(less, LANES)
+                weights.append(vec.held(weight))
+                vec.put(scores, weights[-1], i, LANES)
+            added = vec.total(weights)
             store(state.total, state.total[r] * state.fade[r] + added, r)
 
     def _masked(self, value: Expr, where: tuple[Expr, ...]) -> Expr:
@@ -300,6 +375,18 @@ class _Place:
     i: Expr
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a task works with: its query's rows, a tile's scores, decoded tokens, and how many there are."""
+
+    query: tirx.Buffer
+    scores: tirx.Buffer
+    tile: tirx.Buffer
+    place: _Place
+    state: _State
+    total: Expr
+
+
 class _State:
     """Of each row: the largest score, the sum of weights, what they faded by last, and the weighted sum of
     values."""
@@ -312,18 +399,6 @@ class _State:
             store(self.total, f32(0), r)
         with loop(rows * width, "vectorized") as v:
             store(self.out, f32(0), v)
-
-
-def _folded(values: tirx.Buffer, at: Expr, halves: tirx.Buffer, fold: Callable[[Expr, Expr], Expr]) -> Expr:
-    """A tile's values folded into one, halves first: lane by lane each would wait for the one before."""
-    size = TILE // 2
-    with loop(size, "vectorized") as v:
-        store(halves, fold(values[at + v], values[at + v + i64(size)]), v)
-    while size > 1:
-        size //= 2
-        with loop(size, "vectorized") as v:
-            store(halves, fold(halves[v], halves[v + i64(size)]), v)
-    return halves[0]
 
 
 def _added(sums: tirx.Buffer, count: int) -> tirx.Buffer:

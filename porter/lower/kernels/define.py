@@ -79,23 +79,34 @@ def i64(value: int) -> tirx.IntImm:
     return tirx.IntImm("int64", value)
 
 
-def exp_below_zero(x: Expr) -> Expr:
+def exp_below_zero(x: Expr, lanes: int = 1) -> Expr:
     """exp(x) for x <= 0, within a unit in the last place, 0 below -87; unlike a call it stays in vectors.
 
     Cephes' expf: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, and 2^n made of its exponent bits.
     Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits; taking it off again as a float is
     what TVM would simplify away.
     """
-    rounded = T.reinterpret("int32", x * f32(1.4426950408889634) + f32(1.5 * 2**23))
-    whole = rounded - tirx.IntImm("int32", 0x4B400000)
-    n = tirx.Cast("float32", whole)
-    r = x - n * f32(0.693359375) - n * f32(-2.12194440e-4)
-    polynomial = f32(1.9875691500e-4)
+
+    def spread(value: Expr) -> Expr:
+        return T.broadcast(value, lanes) if lanes > 1 else value
+
+    def whole_number(value: int) -> Expr:
+        return spread(tirx.IntImm("int32", value))
+
+    def number(value: float) -> Expr:
+        return spread(f32(value))
+
+    kind = f"x{lanes}" if lanes > 1 else ""
+    rounded = T.reinterpret(f"int32{kind}", x * number(1.4426950408889634) + number(1.5 * 2**23))
+    whole = rounded - whole_number(0x4B400000)
+    n = tirx.Cast(f"float32{kind}", whole)
+    r = x - n * number(0.693359375) - n * number(-2.12194440e-4)
+    polynomial = number(1.9875691500e-4)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        polynomial = polynomial * r + f32(coefficient)
-    value = polynomial * r * r + r + f32(1)
-    bits = (whole + tirx.IntImm("int32", 127)) << tirx.IntImm("int32", 23)
-    return tirx.Select(x < f32(-87), f32(0), value * T.reinterpret("float32", bits))
+        polynomial = polynomial * r + number(coefficient)
+    value = polynomial * r * r + r + number(1)
+    bits = (whole + whole_number(127)) << whole_number(23)
+    return tirx.Select(x < number(-87), number(0), value * T.reinterpret(f"float32{kind}", bits))
 
 
 def tanh(x: Expr) -> Expr:

@@ -1,0 +1,162 @@
+"""Vectors of 256 bits, with the AVX2 instructions that LLVM does not find by itself.
+
+Vectors are expressions; `held` gives one a name, so that what is used more than once is computed once.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+
+from porter.lower.kernels.define import Expr, T, f32, i64, local, tirx
+
+MAGIC = 1.5 * 2**23  # added to a float32 below 2^22, leaves it rounded to an integer in the lowest bits
+
+
+def available() -> bool:
+    """Is compiled code for a processor that has them? (`porter.lower.build.BASELINE`)"""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def held(value: Expr) -> Expr:
+    """The value under a name. (A buffer, since TVM's simplifier writes the value of a `bind` into each use.)"""
+    kind, _, lanes = repr(value.ty).removeprefix("T.").partition("x")
+    kept, count = local(int(lanes or 1), kind), int(lanes or 1)
+    at = T.ramp(i64(0), 1, count) if count > 1 else i64(0)
+    T.buffer_store(kept, value, [at])
+    return kept[at]
+
+
+def scratch(size: int, dtype: str = "float32") -> tirx.Buffer:
+    """A private array that stays in memory: LLVM takes apart what it can keep in registers, and where vectors
+    and numbers share an array, joins it again lane by lane."""
+    bits = int("".join(c for c in dtype if c.isdigit()))
+    return local(max(size, 8 * 1024 // bits), dtype)  # TVM takes it from the heap (see `local`)
+
+
+def ints(values: Sequence[int], dtype: str = "int32") -> Expr:
+    """A constant vector."""
+    whole = [tirx.IntImm("int32", i) for i in range(len(values))]
+    return tirx.Shuffle([tirx.IntImm(dtype, v) for v in values], whole)
+
+
+def spread(value: Expr | int, lanes: int, dtype: str = "int32") -> Expr:
+    """The same number in every lane."""
+    return T.broadcast(tirx.IntImm(dtype, value) if isinstance(value, int) else value, lanes)
+
+
+def picked(vectors: Sequence[Expr], order: Sequence[int]) -> Expr:
+    """Lanes of the vectors, counted through all of them."""
+    return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", i) for i in order])
+
+
+def load(buffer: tirx.Buffer, where: Sequence[Expr], first: Expr | int, lanes: int) -> Expr:
+    """Neighbours along the last axis."""
+    first = i64(first) if isinstance(first, int) else first
+    return buffer[(*where, T.ramp(first, 1, lanes))]
+
+
+def put(buffer: tirx.Buffer, value: Expr, first: Expr | int, lanes: int) -> None:
+    """Store neighbours of a buffer with one axis."""
+    first = i64(first) if isinstance(first, int) else first
+    T.buffer_store(buffer, value, [T.ramp(first, 1, lanes)])
+
+
+def as_type(value: Expr, dtype: str) -> Expr:
+    """The same bits."""
+    return T.reinterpret(dtype, value)
+
+
+def words_of(unsigned: Expr, signed: Expr) -> Expr:
+    """uint8x32, int8x32 -> int16x16: products of neighbours, added in pairs; they saturate."""
+    return T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", unsigned, signed)
+
+
+def added_pairs(words: Expr) -> Expr:
+    """int16x16 -> int32x8: neighbours added."""
+    ones = as_type(spread(0x00010001, 8), "int16x16")
+    return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", words, ones)
+
+
+def bytes_at(vector: Expr, order: Sequence[int]) -> Expr:
+    """uint8x32 -> uint8x32: in each half of 16 bytes those of the order: 16 of them, or 32."""
+    control = repeated(order[:16], order[16:] or None)
+    return T.call_llvm_pure_intrin("uint8x32", "llvm.x86.avx2.pshuf.b", vector, control)
+
+
+def hidden_zero(size: Expr) -> Expr:
+    """0 of a size, int64, of which LLVM does not know that it is below 2^62; uint16."""
+    return held(tirx.Cast("uint16", size >> i64(62)))
+
+
+def shifted_up(words: Expr, shifts: Sequence[int], zero: Expr) -> Expr:
+    """uint16x16: each word by its own shift, a pattern that repeats. AVX2 has no such shift of words, and LLVM
+    would take three instructions for a product with powers of two that it knows; `zero` hides them."""
+    return words * (_powers([1 << n for n in shifts]) + T.broadcast(zero, 16))
+
+
+def shifted_down(words: Expr, shifts: Sequence[int]) -> Expr:
+    """uint16x16: each word by its own shift, from 1 on."""
+    powers = _powers([1 << (16 - n) for n in shifts])
+    return T.call_llvm_pure_intrin("uint16x16", "llvm.x86.avx2.pmulhu.w", words, powers)
+
+
+def _powers(pattern: Sequence[int]) -> Expr:
+    return ints([pattern[i % len(pattern)] for i in range(16)], "uint16")
+
+
+def masked(vector: Expr, mask: int) -> Expr:
+    """uint8x32 & a pattern of 32 bits."""
+    return as_type(as_type(vector, "uint32x8") & spread(mask, 8, "uint32"), "uint8x32")
+
+
+def flipped(vector: Expr, bits: Expr) -> Expr:
+    """uint8x32: vector ^ bits."""
+    return as_type(as_type(vector, "uint32x8") ^ as_type(bits, "uint32x8"), "uint8x32")
+
+
+def repeated(half: Sequence[int], other: Sequence[int] | None = None) -> Expr:
+    """uint8x32: constant halves of 16 bytes, both alike where only one is given."""
+    whole = [*half, *(half if other is None else other)]
+    words = [sum(b << (8 * i) for i, b in enumerate(whole[n : n + 4])) for n in range(0, 32, 4)]
+    return as_type(ints([w - (1 << 32) if w >> 31 else w for w in words]), "uint8x32")
+
+
+def both(a: Expr, b: Expr) -> Expr:
+    """uint8x32: a | b."""
+    return as_type(as_type(a, "uint32x8") | as_type(b, "uint32x8"), "uint8x32")
+
+
+def rounded_bits(value: Expr) -> Expr:
+    """float32x8 with magnitudes below 2^22 -> int32x8 whose lowest bits are those of the nearest integer."""
+    return as_type(value + T.broadcast(f32(MAGIC), 8), "int32x8")
+
+
+def largest(values: Sequence[Expr]) -> Expr:
+    """The largest of all lanes of float32x8's."""
+    return _folded(values, tirx.max)
+
+
+def total(values: Sequence[Expr]) -> Expr:
+    """The sum of all lanes of vectors of 8."""
+    return _folded(values, lambda a, b: a + b)
+
+
+def _folded(values: Sequence[Expr], fold: object) -> Expr:
+    one = list(values)
+    while len(one) > 1:
+        one = [fold(*one[i : i + 2]) if i + 1 < len(one) else one[i] for i in range(0, len(one), 2)]
+    vector = held(one[0])
+    for far in (4, 2, 1):
+        vector = held(fold(vector, picked([vector], [i ^ far for i in range(8)])))
+    return picked([vector], [0])
+
+
+def prefetch(buffer: tirx.Buffer, where: Sequence[Expr], tokens: int) -> None:
+    """Ask for rows of the last axis, from `where` on, so many of them; what lies beyond the end is no fault."""
+    bits = int("".join(c for c in str(buffer.dtype) if c.isdigit()))
+    size = tokens * int(buffer.shape[-1]) * bits // 8
+    for byte in range(0, size, 64):
+        place = T.address_of(buffer[(*where, i64(byte * 8 // bits))])
+        flags = [tirx.IntImm("int32", n) for n in (0, 3, 1)]
+        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", place, *flags))
