@@ -5,44 +5,30 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from porter import __version__, bundle, decoder, graph, kv, memory, needs, target
+from porter import __version__, bundle, decoder, graph, memory, target
 from porter.calibrate.feeds import calibration
 from porter.context import Context
-from porter.drift import attention
 from porter.drift import budget as budgets
-from porter.drift import measure as measuring
-from porter.drift.feeds import TokenFeeds
-from porter.drift.measure import Runnable, feeds_for, measure, tokenizer_files
-from porter.drift.streamed import Interface, Streamed
+from porter.drift.measure import tokenizer_files
 from porter.errors import DriftError
-from porter.kv.layout import pools
-from porter.kv.tags import describe
-from porter.kvgraph.graph import BITS, CAPACITY, DONE, READ
+from porter.evidence import gather, measured, standard
 from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
+from porter.report import memory as figures
 from porter.report.report import DriftReport, Figure, Stage
-from porter.run.reference import ReferenceRunner
-from porter.run.tally import Tally
 from porter.target import TargetSpec
 from porter.weights import select
 from porter.weights.base import WeightPass
 
 if TYPE_CHECKING:
-    from porter.drift.compare import Comparison
     from porter.lower.plan import Plan
-    from porter.run.host import HostRunner
 
 MAX_BATCH = 8  # rows that one step may have; memory is planned for them
 MAX_STEP = 512  # tokens that one step may feed; longer prompts are fed in pieces
@@ -60,18 +46,18 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     limit = memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
-    single = single_tokens(pipeline, options)
     bundle.remove_stale(out.absolute())
     with memory.Watch(limit) as watch:
         progress = _checked(options.progress, watch)
         progress("load", 0.0)
         model = graph.load(source)
-        reference, feeds, plan = _evidence(source, model, options, limit, single)
+        evidence = gather(source, model, options, limit, single_tokens(pipeline, options))
+        reference = evidence.reference
         with bundle.writing(out) as folder:
             graph.check_finite(model)
             _copy_tokenizer(source, folder)
             progress("feeds", 0.0)
-            feeds = feeds or feeds_for(reference, options.data, options.seed, full=bool(single))
+            feeds = evidence.texts(options)
             reference.runner  # noqa: B018 (a model that cannot be run is refused before any work)
             calibrated = calibration(pipeline, reference, options.calibration, options.seed, feeds)
             if reference.whole:
@@ -83,23 +69,23 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
-            lowered = _lower(_standard(model), spec, folder, ported, progress)
-            ports = partial(_ports, model, ported, reference, folder, plan)
-            drift, heads, recomputed = _measured(reference, ports, feeds, folder, single, progress)
+            lowered = _lower(standard(model), spec, folder, ported, progress)
+            found = measured(evidence, feeds, model, ported, folder, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)
             report = DriftReport.of(
-                drift,
+                found.drift,
                 feeds.to_json(),
                 model=facts["source"],
                 target=spec.name,
                 pipeline=str(pipeline),
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
-                attention=heads,
-                recomputed=recomputed,
-                memory=_memory(source, lowered, plan, watch) | _cache(model, lowered, ported),
+                attention=found.heads,
+                recomputed=found.recomputed,
+                memory=figures.of_conversion(source, lowered, evidence.plan, watch)
+                | figures.of_cache(model, lowered, ported),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
                 calibration=calibrated.facts,
@@ -126,110 +112,9 @@ def _checked(progress: Progress, watch: memory.Watch) -> Progress:
     return told
 
 
-def _evidence(
-    source: Path, model: ir.Model, options: Options, limit: int, single: int
-) -> tuple[Runnable, TokenFeeds | None, needs.Plan]:
-    """The reference, the user's feeds where there are any, and the memory that measuring on them will take.
-
-    Raises EnvironmentFailure PORT-0905 when that is more than the limit.
-    """
-    whole = graph.float_count(model) > needs.STEPPED
-    reference = Runnable.of_onnx(source, model, whole=whole)
-    given = options.data and options.data != measuring.RANDOM
-    feeds = feeds_for(reference, options.data, options.seed) if given else None
-    longest = max(map(len, feeds.sequences)) if feeds else measuring.length_of(reference, full=bool(single))
-    window = reference.decoder.context or longest
-    rows = measuring.side_by_side(feeds, window, reference.vocabulary) if feeds else measuring.TEXTS
-    sizes = needs.Sizes.of(model, reference.decoder, rows, min(longest, window), reference.vocabulary)
-    plan = needs.plan(sizes, limit)
-    if plan.piece:
-        streamed = Streamed(source, reference.decoder, plan.piece)
-        reference = replace(reference, streamed=streamed, open=lambda: Interface(model))
-    return reference, feeds, plan
-
-
-def _in_folder(model: Runnable, folder: Path) -> Runnable:
-    """The same; what it cannot keep in memory lies in `folder`."""
-    return replace(model, streamed=replace(model.streamed, folder=folder)) if model.streamed else model
-
-
-@contextmanager
-def _measurable(folder: Path) -> Iterator[Path]:
-    """The model after its passes, in a file that ONNX Runtime's CPU runs as it is to be measured.
-
-    That is the bundle's, but where attention is GroupQueryAttention: its kernels have no 8-bit floats, and
-    take one row where several tokens follow cached ones. The same in standard operators then lies beside it
-    for as long as it is measured.
-    """
-    model = graph.load(folder / bundle.MODEL)
-    if not any(node.op_type == "GroupQueryAttention" for node in model.graph):
-        yield folder / bundle.MODEL
-        return
-    Pipeline.parse("clean.contrib{only=GroupQueryAttention},clean.dead").run(model, Context())
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        graph.save(model, Path(beside) / bundle.MODEL)
-        yield Path(beside) / bundle.MODEL
-
-
-def _ports(
-    model: ir.Model, ported: decoder.Decoder, reference: Runnable, folder: Path, plan: needs.Plan, path: Path
-) -> dict[str, Runnable]:
-    """The model after its passes in `path`, run as the reference is, and the lowered program."""
-    way = {
-        "whole": reference.whole,
-        "streamed": Streamed(path, ported, plan.piece, folder, briefly=True) if plan.piece else None,
-    }
-    return {
-        "passes": Runnable.over(
-            "passes",
-            lambda: ReferenceRunner(path, briefly=reference.whole),
-            ported,
-            model,
-            reference.words,
-            **way,
-        ),
-        "total": Runnable.over("total", lambda: _host(folder), ported, model, reference.words),
-    }
-
-
-def _measured(
-    reference: Runnable,
-    ports_of: Callable[[Path], Mapping[str, Runnable]],
-    feeds: TokenFeeds,
-    folder: Path,
-    single: int,
-    progress: Progress,
-) -> tuple[dict[str, Comparison], list[attention.Head], dict[str, Tally]]:
-    """Drift of the ports, what a quantized cache does to each head of a model that can be opened, and how
-    often attention was computed from an exact copy."""
-    progress("measure", 0.0)
-    with _measurable(folder) as path:
-        ports = ports_of(path)
-        kept = _in_folder(reference, folder)
-        drift = measure(kept, ports, feeds, lambda f: progress("measure", f), folder, single)
-    port, recomputed = ports["total"], {name: p.tally for name, p in ports.items() if p.tally.steps}
-    if not single or reference.streamed:
-        return drift, [], recomputed
-    progress("attention", 0.0)
-    model = _standard(graph.load(folder / bundle.MODEL))
-    steps = 1 if reference.whole else attention.STEPS  # a step of a large model decodes every weight
-    heads = attention.heads(
-        model, port.decoder, port.runner, feeds, steps, lambda f: progress("attention", f)
-    )
-    port.close()
-    return drift, heads, recomputed
-
-
 def _kept(model: ir.Model, pipeline: Pipeline) -> list[select.Kept]:
     """Matrices that stay floats although a pass of the pipeline casts weights."""
     return select.kept(model.graph) if any(isinstance(p, WeightPass) for p in pipeline.passes) else []
-
-
-def _standard(model: ir.Model) -> ir.Model:
-    """The model in the standard operators that the lowering reads."""
-    if "com.microsoft" in model.opset_imports:
-        Pipeline.parse("clean.contrib,clean.dead").run(model, Context())
-    return model
 
 
 def run_passes(pipeline: Pipeline, model: ir.Model, context: Context, progress: Progress) -> list[Step]:
@@ -273,59 +158,11 @@ def _bounds(model: ir.Model, ported: decoder.Decoder) -> dict[str, int]:
     return {str(dim.value): bound for dim, bound in named if isinstance(dim, ir.SymbolicDim) and dim.value}
 
 
-def _host(folder: Path) -> HostRunner:
-    from porter.run.host import HostRunner
-
-    return HostRunner(folder)
-
-
 def _copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer files that lie beside the model into the bundle."""
     for file in tokenizer_files(source):
         (folder / "tokenizer").mkdir(exist_ok=True)
         shutil.copyfile(file, folder / "tokenizer" / file.name)
-
-
-def _memory(source: Path, plan: Plan, needed: needs.Plan, watch: memory.Watch) -> dict[str, Figure]:
-    limit = {"peak memory, limit": Figure(needed.limit, "bytes", "measured")} if needed.limit else {}
-    return {
-        "peak memory": Figure(watch.peak.anonymous, "bytes", "measured"),  # what the kernel cannot drop
-        "peak memory, mapped files included": Figure(watch.peak.resident, "bytes", "measured"),
-        "peak memory, predicted": Figure(needed.peak, "bytes", "estimated"),
-        **limit,
-        "weights of the source": Figure(graph.weight_bytes(graph.load(source)), "bytes", "measured"),
-        "weights of the port": Figure(sum(w["bytes"] for w in plan.weights), "bytes", "measured"),
-        "workspace": Figure(plan.workspace_bytes, "bytes", "estimated"),  # planned, for the largest step
-        "workspace, lower bound": Figure(plan.lower_bound_bytes, "bytes", "estimated"),
-    }
-
-
-def _cache(model: ir.Model, plan: Plan, ported: decoder.Decoder) -> dict[str, Figure]:
-    """What a quantized cache takes, by the buffers of the lowered program; nothing for one of floats."""
-    about = model.metadata_props
-    if BITS not in about:
-        return {}
-    caches = {c.past for c in ported.caches}
-    rows = [(b, plan.bounds.get(b.shape[0]) or int(b.shape[0])) for b in plan.buffers if b.name in caches]
-    held = Figure(sum(b.bytes // batch for b, batch in rows), "bytes", "estimated")
-    tagged = {}
-    if decoder.TAGS in about:
-        scheme, chosen = kv.parse(about[DONE]), about[decoder.TAGS].replace("none", "").split()
-        more = pools(scheme, int(about[CAPACITY]))[1]
-        words = describe(map(int, chosen)) or "none"
-        held_in = f"keys {scheme.key.more}, values {scheme.value.more}"
-        what = f"KV cache, places with more bits ({held_in}); tags that ask: {words}"
-        tagged = {what: Figure(more, "tokens", "estimated")}
-    per_value = {"KV cache, scales and windows included": BITS, "KV cache, read without its exact copy": READ}
-    return (
-        {f"KV cache, {about[CAPACITY]} tokens x batch 1": held}
-        | {
-            name: Figure(float(about[key]), "bits per value", "estimated")
-            for name, key in per_value.items()
-            if key in about
-        }
-        | tagged
-    )
 
 
 def _write_reports(report: DriftReport, folder: Path) -> None:
