@@ -1,4 +1,4 @@
-"""A padding mask, int [batch, past + sequence], in a model whose rows say by `past_lengths` how long they are.
+"""A padding mask, [batch, past + sequence], of a model whose rows say by `past_lengths` how long they are.
 
 The mask says of each cached and each new token of a row whether it is one or only fills the row up. Rows that
 have their own lengths need no filling: all tokens up to past_lengths[b] + S are real, and the mask is ones.
@@ -110,26 +110,26 @@ def count_rows(graph: ir.Graph, padding: Padding, positions: Iterable[Counted], 
     """Let those who read positions read those of each row, lengths[:, None] + first + arange(S)."""
     for each in positions:
         old, node = each.value, each.value.producer()
-        shape, name = ir.Shape(list(padding.tokens.shape)), str(each.value.name)
+        (batch, count), name = padding.tokens.shape, str(each.value.name)
 
-        def op(kind: str, *inputs: ir.Value, part: str, to: ir.Shape, **given: int) -> ir.Value:
+        def op(kind: str, *inputs: ir.Value, part: str, shape: ir.Shape, **given: int) -> ir.Value:
             new = ir.node(kind, inputs, given or None)
             out = new.outputs[0]
-            out.name, out.type, out.shape = f"{name}.{part}", ir.TensorType(ir.DataType.INT64), to  # noqa: B023
+            out.name, out.type, out.shape = f"{name}.{part}", ir.TensorType(ir.DataType.INT64), shape  # noqa: B023
             graph.insert_before(node, new)  # noqa: B023
             return out
 
         start = shared_initializer(graph, f"positions.first_{each.first}", np.array(each.first))
         one = shared_initializer(graph, "positions.one", np.array(1))
         axis = shared_initializer(graph, "positions.axis", np.array([1]))
-        size = op("Shape", padding.tokens, part="size", to=ir.Shape([1]), start=1, end=2)
-        size = op("Squeeze", size, part="count", to=ir.Shape([]))
-        end = op("Add", size, start, part="end", to=ir.Shape([]))
-        steps = op("Range", start, end, one, part="steps", to=ir.Shape([shape[1]]))
-        column = op("Unsqueeze", lengths, axis, part="lengths", to=ir.Shape([shape[0], 1]))
-        rows = op("Add", column, steps, part="rows", to=shape)
+        size = op("Shape", padding.tokens, part="size", shape=ir.Shape([1]), start=1, end=2)
+        size = op("Squeeze", size, part="count", shape=ir.Shape([]))
+        end = op("Add", size, start, part="end", shape=ir.Shape([]))
+        steps = op("Range", start, end, one, part="steps", shape=ir.Shape([count]))
+        column = op("Unsqueeze", lengths, axis, part="lengths", shape=ir.Shape([batch, 1]))
+        rows = op("Add", column, steps, part="rows", shape=ir.Shape([batch, count]))
         if old.dtype != ir.DataType.INT64:
-            rows = op("Cast", rows, part="cast", to=shape, **{"to": int(old.dtype)})
+            rows = op("Cast", rows, part="cast", shape=rows.shape, to=int(old.dtype))
             rows.type = old.type
         ir.convenience.replace_all_uses_with(old, rows)
 

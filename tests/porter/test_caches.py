@@ -12,12 +12,12 @@ from cached import beside_onnx_runtime, planned_bytes
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from families import FAMILIES, POSITIONS, exported  # noqa: E402
+from families import FAMILIES, POSITIONS, exported
 
-from porter import cli  # noqa: E402
-from porter.bundle import Bundle  # noqa: E402
-from porter.convert import Options, convert  # noqa: E402
-from porter.kv import parse  # noqa: E402
+from porter import cli
+from porter.bundle import Bundle
+from porter.convert import Options, convert
+from porter.kv import parse
 
 
 def check(folder: Path, kv: str) -> None:
@@ -70,7 +70,10 @@ SHORT = (
     "innerq recent=64",
 )
 MATRIX = [("llama", kv) for kv in SHORT] + [
-    (family, kv) for family in FAMILIES if family not in ("llama", "opt") for kv in (SHORT[2], *SHORT[4:7], SHORT[8])
+    (family, kv)
+    for family in FAMILIES
+    if family not in ("llama", "opt")
+    for kv in (SHORT[2], *SHORT[4:7], SHORT[8])
 ]
 
 

@@ -12,19 +12,19 @@ from cached import VOCABULARY, beside_onnx_runtime, planned_bytes, step
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from families import POSITIONS, Flat, Masked, Placed, exported  # noqa: E402
+from families import POSITIONS, Flat, Masked, Placed, exported
 
-from porter import graph  # noqa: E402
-from porter.bundle import Bundle  # noqa: E402
-from porter.context import Context  # noqa: E402
-from porter.convert import Options, convert  # noqa: E402
-from porter.decoder import recognise  # noqa: E402
-from porter.kv import parse  # noqa: E402
-from porter.options import pipeline_text  # noqa: E402
-from porter.pipeline import Pipeline  # noqa: E402
-from porter.run.feeds import empty_caches, feeds  # noqa: E402
-from porter.run.reference import ReferenceRunner  # noqa: E402
-from porter.target import load  # noqa: E402
+from porter import graph
+from porter.bundle import Bundle
+from porter.context import Context
+from porter.convert import Options, convert
+from porter.decoder import recognise
+from porter.kv import parse
+from porter.options import pipeline_text
+from porter.pipeline import Pipeline
+from porter.run.feeds import empty_caches, feeds
+from porter.run.reference import ReferenceRunner
+from porter.target import load
 
 KIVI = "kivi2 recent=8 key=uint2-g16-tokens-fp16"
 QUICK = [("llama", "sdpa", 20, Masked, KIVI), ("gpt2", "eager", 23, Placed, "int8")]
@@ -49,9 +49,9 @@ def test_a_model_with_a_mask(
     report = convert(path, out, Options(kv=kv, context=POSITIONS, decode=1, data="random"))
     ported = Bundle.open(out).decoder
     assert (ported.cache, ported.mask, ported.lengths, ported.others) == ("static", "", "past_lengths", ())
-    # Dozens of sums of at most 80 products in another order, and 2 bits or 8 in the cache, say what the
-    # reference with its mask of ones says: a mask that hid a token would cost more than either.
-    assert report.comparisons["total"].kl.mean < (1e-3 if kv == "int8" else 3)
+    # The reference keeps its mask, of ones. What int8 costs beside it: 2.5e-6 nats measured of GPT-2; 2 bits
+    # cost 0.1 measured of Llama. That no token is hidden is held above, to roundings.
+    assert report.drift["total"].kl_mean < (1e-4 if kv == "int8" else 0.5)
     planned_bytes(out, parse(kv))
     beside_onnx_runtime(out)
 
