@@ -128,7 +128,7 @@ def positions(model: ir.Model) -> int:
     """The positions that a model has tables for, 0 without tables."""
     from porter.symbolic.positions import positions as found  # sympy takes a while, and most models say
 
-    return found(model.graph, _NAMES["positions"])
+    return found(model.graph, _NAMES["positions"], _NAMES["mask"])
 
 
 def _named_roles(inputs: Mapping[str, ir.Value]) -> dict[str, str]:

@@ -9,7 +9,10 @@
 The new input `past_lengths`, int64 [batch], says how many tokens of each row are valid: rows need not be
 equally long. Attention reads the first past_lengths + S tokens of a row and no others, and token i of the S
 may see those up to past_lengths + i; a mask that is a sliding window becomes one for each row
-(`porter.symbolic.windows`), and the buffers keep all tokens. Positions that were counted from the size of
+(`porter.symbolic.windows`), and the buffers keep all tokens. An input that is a padding mask, [batch, past +
+S], goes: what zeros at the left of a row said, that it has fewer tokens than others, past_lengths says, and
+rows are fed without filling; positions counted from it are counted from past_lengths
+(`porter.symbolic.padding`). Positions that were counted from the size of
 the cache, P + arange(S), become past_lengths[:, None] + arange(S); `porter.symbolic.rows` proves that they
 can. Where it cannot, or a cache is used in another way, the model is left as it is, and `why_not` says why.
 
@@ -19,7 +22,6 @@ differently.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +31,7 @@ from porter.context import Context
 from porter.decoder import positions
 from porter.errors import PassError
 from porter.pipeline import Pass, Promise
-from porter.symbolic import windows
+from porter.symbolic import padding, windows
 from porter.symbolic.rows import TIME, Refusal, Walk, live_nodes, refuse, remove_unread
 from porter.symbolic.symbols import Facts
 
@@ -58,19 +60,23 @@ class StaticCache(Pass):
         PORT-0262, PORT-0286."""
         capacity = self.capacity or context_length(model)
         try:
-            layers, walk = _plan(model)
+            plan = _plan(model)
         except Refusal:
             return 0
-        if layers:
-            _check_opset(model)
-            _check_positions(model, capacity)
-            _add_input(model.graph, walk.lengths)
-            walk.apply()
-            known: dict[object, ir.Value] = {}
-            for layer, size in layers.items():
-                mask = _window(layer, walk.lengths, size, capacity, known)
-                _rewrite(layer, walk.lengths, mask, _valid_tokens(layer, walk.lengths, known), capacity)
-        return len(layers)
+        if plan is None:
+            return 0
+        _check_opset(model)
+        _check_positions(model, capacity)
+        _add_input(model.graph, plan.lengths)
+        plan.walk.apply()
+        known: dict[object, ir.Value] = {}
+        for layer, size in plan.layers.items():
+            mask = _window(layer, plan.lengths, size, capacity, known)
+            _rewrite(layer, plan.lengths, mask, _valid_tokens(layer, plan.lengths, known), capacity)
+        if plan.mask:
+            padding.count_rows(model.graph, plan.mask, plan.counted, plan.lengths)
+            padding.drop(model.graph, plan.mask, plan.live)
+        return len(plan.layers)
 
 
 def why_not(model: ir.Model) -> Refusal | None:
@@ -111,27 +117,40 @@ def _check_positions(model: ir.Model, capacity: int) -> None:
         raise PassError("PORT-0286", what, hint=f"give a capacity (--context) of at most {most}")
 
 
-def _plan(model: ir.Model) -> tuple[dict[ir.Node, int], Walk | None]:
-    """The Attention nodes with a growing cache, each with its window (0: none), and what becomes of the
-    positions. Raises Refusal."""
+@dataclass(frozen=True)
+class Plan:
+    """The Attention nodes with a growing cache, each with its window (0: none), what becomes of the
+    positions, and the padding mask that goes, with the positions that are counted from it."""
+
+    layers: dict[ir.Node, int]
+    walk: Walk
+    lengths: ir.Value
+    mask: padding.Padding | None
+    counted: list[padding.Counted]
+    live: set[ir.Node]
+
+
+def _plan(model: ir.Model) -> Plan | None:
+    """What is to be done, None without a cache. Raises Refusal."""
     graph = model.graph
     live = live_nodes(graph)
     layers = [n for n in graph if n.op_type == "Attention" and not n.domain and _given(n, 4) and n in live]
+    if not layers:
+        return None
     caches = [layer.inputs[i] for layer in layers for i in (4, 5)]
-    facts = Facts(graph) if any(_given(layer, 3) is not None for layer in layers) else None
+    mask = padding.find(model)
+    masked = mask or any(_given(layer, MASK) is not None for layer in layers)
+    facts = Facts(graph, mask.ones if mask else None) if masked else None
     sizes = {layer: _check_layer(layer, facts) for layer in layers}
     if len(set(caches)) < len(caches):
         raise refuse(layers[0], "two layers share a cache")
-    if not layers:
-        return {}, None
     batch = caches[0].shape[0]
     lengths = ir.Value(name=LENGTHS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([batch]))
-    return sizes, Walk(graph, caches, lengths, layers, live_nodes(graph, _masks(layers)))
-
-
-def _masks(layers: Iterable[ir.Node]) -> set[tuple[ir.Node, int]]:
-    """The uses of masks: what makes them is of no use any more."""
-    return {(layer, MASK) for layer in layers}
+    cut = {(layer, MASK) for layer in layers}  # what makes masks is of no use any more
+    counted = padding.counted(facts, mask, live_nodes(graph, cut), cut) if mask else []
+    cut |= {tuple(use) for each in counted for use in each.value.uses()}
+    live = live_nodes(graph, cut)
+    return Plan(sizes, Walk(graph, caches, lengths, layers, live), lengths, mask, counted, live)
 
 
 def _given(node: ir.Node, index: int) -> ir.Value | None:
@@ -139,14 +158,18 @@ def _given(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _check_layer(node: ir.Node, facts: Facts | None) -> int:
-    """The window of Attention<is_causal=1>(Q, K, V, mask, past_k, past_v) on 4-D tensors, 0 without a mask.
+    """The window of a causal Attention(Q, K, V, mask, past_k, past_v) on 4-D tensors, 0 without one.
 
     Raises Refusal for any other.
     """
-    size = 0 if _given(node, MASK) is None else windows.width(facts, node)
-    if size is None:
-        raise refuse(node, "it has a mask, which a cache of another length would not fit")
-    if not node.attributes.get_int("is_causal", 0):
+    mask, seen = _given(node, MASK), windows.Seen(causal=False)
+    if mask is not None:
+        seen = windows.read(facts, node)
+    if seen is None:
+        names = ", ".join(padding.inputs_of(mask))
+        what = f"it has a mask{names and f' (of {names})'} that is not known to be one of padding or a window"
+        raise refuse(node, what)
+    if not (seen.causal or node.attributes.get_int("is_causal", 0)):
         raise refuse(node, "it is not causal, so that every token sees those after it")
     if "q_num_heads" in node.attributes or "kv_num_heads" in node.attributes:
         raise refuse(node, "its heads are not apart (3-D inputs)")
@@ -159,7 +182,7 @@ def _check_layer(node: ir.Node, facts: Facts | None) -> int:
             raise refuse(node, f"the shape of {past.name} is not known")
     if len(node.outputs) < 3:
         raise refuse(node, "its cache does not come out of the model")
-    return size
+    return seen.size
 
 
 def _add_input(graph: ir.Graph, lengths: ir.Value) -> None:
@@ -198,6 +221,7 @@ def _rewrite(node: ir.Node, lengths: ir.Value, mask: ir.Value | None, valid: ir.
         written.name, present.name = present.name, None
         node.replace_input_with(i - 3, written)
     stale = _given(node, MASK)
+    node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
     node.resize_inputs(3)
     node.resize_inputs(7)
     node.replace_input_with(MASK, mask)

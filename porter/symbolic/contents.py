@@ -83,12 +83,16 @@ def _cast(facts: Facts, node: ir.Node) -> Content | None:
     content = facts.content(node.inputs[0])
     like = node.inputs[1].dtype if node.op_type == "CastLike" and node.inputs[1] is not None else None
     to = like or ir.DataType(attribute(node, "to", 0))
+    if content == All() and to.is_integer():
+        return ONE
     if isinstance(content, All) and to != ir.DataType.BOOL:
         return Choice(content, 1.0, 0.0)
     if isinstance(content, Choice) and to == ir.DataType.BOOL:
         return content.test if content.yes != 0 and content.no == 0 else None
+    if isinstance(content, sympy.Integer | float) and to == ir.DataType.BOOL:
+        return FALSE if content == 0 else All()
     if isinstance(content, sympy.Integer) and not to.is_integer():
-        return (FALSE if content == 0 else All()) if to == ir.DataType.BOOL else float(content)
+        return float(content)
     if isinstance(content, float) and to.is_integer():
         return sympy.Integer(int(content)) if content == int(content) else None
     wide = to in (ir.DataType.INT64, ir.DataType.INT32) or not to.is_integer()
@@ -166,6 +170,15 @@ def _concat(facts: Facts, node: ir.Node) -> Content | None:
 def _range(facts: Facts, node: ir.Node) -> Content | None:
     start, _, step = (facts.number(v) for v in node.inputs)
     return None if start is None or step is None else start + step * AXES[0]
+
+
+def _cumsum(facts: Facts, node: ir.Node) -> Content | None:
+    """Sums of equal integers along an axis."""
+    content, axis = facts.element(node.inputs[0]), facts.number(node.inputs[1])
+    rank, other = facts.rank(node.inputs[0]), attribute(node, "exclusive", 0) or attribute(node, "reverse", 0)
+    if not isinstance(content, sympy.Integer) or axis is None or rank is None or other:
+        return None
+    return content * (AXES[rank - 1 - int(axis) % rank] + 1) if axis.is_Integer else None
 
 
 def _arithmetic(function: Callable[[object, object], object]) -> Rule:
@@ -291,6 +304,7 @@ _RULES: dict[str, Rule] = {
     "CastLike": _cast,
     "Concat": _concat,
     "ConstantOfShape": _filled,
+    "CumSum": _cumsum,
     "Div": _arithmetic(_divide),
     "Expand": _expand,
     "Flatten": _moved,

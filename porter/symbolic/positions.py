@@ -16,19 +16,20 @@ import onnx_ir as ir
 import sympy
 
 from porter.match import attribute
-from porter.symbolic.symbols import AXES, Facts
+from porter.symbolic.symbols import AXES, ONE, Facts
 
 _SPREAD = ("Cast", "Expand", "Reshape", "Squeeze", "Unsqueeze")  # the numbers stay, in another shape
 
 
-def positions(graph: ir.Graph, given: Collection[str] = ()) -> int:
+def positions(graph: ir.Graph, given: Collection[str] = (), masks: Collection[str] = ()) -> int:
     """The positions that the smallest such table is for, 0 without one; `given` are names of inputs that are
-    positions themselves."""
+    positions themselves, `masks` of those that are ones where no row is filled up."""
     places = {"Gather": (0, 1), "Slice": (0, 1), "RotaryEmbedding": (1, 3)}
     found = [(n, *(n.inputs[i] for i in places[n.op_type])) for n in graph
              if n.op_type in places and not n.domain and len(n.inputs) > max(places[n.op_type])]  # fmt: skip
     found = [(node, table, index) for node, table, index in found if index is not None and _is_table(table)]
-    facts = Facts(graph) if found else None
+    ones = {v: ONE for v in graph.inputs if v.name in masks and v.dtype is not None and v.dtype.is_integer()}
+    facts = Facts(graph, ones) if found else None
     counts = []
     for node, table, index in found:
         rows = int(ir.convenience.get_const_tensor(table).shape[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -131,13 +131,14 @@ def is_causal(test: All, shape: Shape) -> bool:
 class Facts:
     """Shapes and contents of the values of one graph, computed once in graph order.
 
-    Values that a rule knows nothing of keep the shape that the model declares. `graph` is the main graph.
+    Values that a rule knows nothing of keep the shape that the model declares. `graph` is the main graph;
+    `given` is what inputs hold.
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, given: Mapping[ir.Value, Content] | None = None) -> None:
         self.graph = graph
         self._shapes: dict[ir.Value, Shape] = {}
-        self._contents: dict[ir.Value, Content] = {}
+        self._contents: dict[ir.Value, Content] = dict(given or {})
         self._seen: set[ir.Node] = set()
         for node in graph:
             self._visit(node)

@@ -11,6 +11,7 @@ What holds follows from indices (`porter.symbolic.symbols`), whichever operators
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -21,22 +22,33 @@ from porter.symbolic.attention import MASKED
 from porter.symbolic.symbols import AXES, All, Choice, Facts, reduced
 
 
-def width(facts: Facts, node: ir.Node) -> int | None:
-    """How many tokens a query of a causal Attention with a growing cache sees at most, by its mask; None when
-    the mask is not known to say just that."""
+@dataclass(frozen=True)
+class Seen:
+    """What a mask leaves: whether none but the tokens before a query and itself, and how many at most (0: no
+    limit)."""
+
+    causal: bool
+    size: int = 0
+
+
+def read(facts: Facts, node: ir.Node) -> Seen | None:
+    """What the mask of an Attention with a growing cache says; None when it may say anything else too."""
     mask, past = node.inputs[3], facts.shape(node.inputs[4])
     test, shape = _test(facts.element(mask)), facts.shape(mask)
     if test is None or shape is None or past is None or past[2] is None:
         return None
     before = AXES[1] + past[2] - AXES[0]  # how far a key lies before its query
-    reach = [sympy.expand(atom - before) for atom in reduced(test, shape) - {sympy.expand(-before)}]
-    if not reach or not all(r.is_Integer and r <= 0 for r in reach):
+    atoms = {sympy.expand(atom) for atom in reduced(test, shape)}
+    reach = [sympy.expand(atom - before) for atom in atoms - {sympy.expand(-before)}]
+    if not all(r.is_Integer and r <= 0 for r in reach):
         return None
-    return min(1 - int(r) for r in reach)
+    return Seen(len(reach) < len(atoms), min((1 - int(r) for r in reach), default=0))
 
 
 def _test(content: object) -> All | None:
     """What holds where a boolean mask is true, or a mask that is added is zero."""
+    if content == 0.0:
+        return All()
     if isinstance(content, Choice) and content.yes == 0 and content.no <= MASKED:
         return content.test
     return content if isinstance(content, All) else None

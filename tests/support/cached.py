@@ -30,17 +30,23 @@ def beside_onnx_runtime(folder: Path) -> None:
         if length:
             ids = random.integers(0, VOCABULARY, (1, length))
             fed = {n: a[row : row + 1] for n, a in caches.items()}
-            out = live.run({known.tokens: ids, known.lengths: np.zeros(1, np.int64), **fed})
+            out = live.run(step(known, ids, np.zeros(1, np.int64)) | fed)
             for present, past in back.items():
                 caches[past][row] = out[present][0]
     for count in (1, 1, 3, 1, 1, 2):
-        fed = {known.tokens: random.integers(0, VOCABULARY, (3, count)), known.lengths: lengths.copy()}
+        fed = step(known, random.integers(0, VOCABULARY, (3, count)), lengths.copy())
         want = live.run(fed | caches)
         got = ours.run(fed | {n: a.copy() for n, a in caches.items()})
         _compare(got, want, known.output, back)
         caches = {past: want[present] for present, past in back.items()}
         lengths = lengths + count
     assert lengths[2] == known.capacity
+
+
+def step(known: decoder.Decoder, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+    """What a step of a static model is fed besides its caches."""
+    placed = {known.positions: lengths[:, None] + np.arange(tokens.shape[1])} if known.positions else {}
+    return {known.tokens: tokens, known.lengths: lengths, **placed}
 
 
 def _compare(got: dict, want: dict, output: str, back: dict[str, str]) -> None:

@@ -20,6 +20,8 @@ class Size:
     `range`: Range(past, past + sequence); `add`: Range(0, sequence) + past; `mul`: the same, multiplied by
     the frequencies rather than matrix-multiplied; `table`: rows of a cosine table; `sliced`: a slice of it;
     `input`: a model input `position_ids`; `learned`: an embedding added to the tokens', no rotation.
+    `counted`: as `learned`, of positions counted from the mask, as OPT does.
+    `mask`: the type of an input `attention_mask` [batch, past + sequence], "" for none.
     `window`: tokens that a query of every other layer sees, the first among them, by its mask; 0: all.
     """
 
@@ -33,6 +35,7 @@ class Size:
     context: int = 64
     tied: bool = True
     positions: str = "range"
+    mask: str = ""
     window: int = 0
     softcap: float = 0.0
     fused: bool = True
@@ -100,15 +103,21 @@ def tiny_decoder(**sizes: object) -> ir.Model:
     inputs = [tokens, *caches.values()]
     if size.positions == "input":
         inputs.append(_input("position_ids", INT, ["batch", "sequence"]))
+    placed = inputs[-1]
+    if size.mask:
+        inputs.append(_input("attention_mask", ir.DataType[size.mask.upper()], ["batch", "past + sequence"]))
     embedding = b.noise("model.embed_tokens.weight", size.vocab, size.hidden, scale=1.0)
     x = b.op("Gather", embedding, tokens)
-    rotation = _positions(b, tokens, caches["0.key"], inputs[-1])
-    if size.positions == "learned":
+    rotation = _positions(b, tokens, caches["0.key"], inputs[-1] if size.positions == "counted" else placed)
+    if size.positions in ("learned", "counted"):
         x, rotation = b.op("Add", x, rotation[0]), ()
-    outputs, mask = [], _window(b, tokens, caches["0.key"]) if size.window else None
+    padding = _padding(b, inputs[-1], tokens) if size.mask else None
+    outputs, mask = [], _window(b, tokens, caches["0.key"]) if size.window else padding
+    if size.window and size.mask:
+        mask = b.op("And", mask, padding)
     for i in range(size.layers):
         past = caches[f"{i}.key"], caches[f"{i}.value"]
-        x, key, value = _layer(b, x, i, past, rotation, None if i % 2 else mask)
+        x, key, value = _layer(b, x, i, past, rotation, padding if i % 2 else mask)
         outputs += [_named(key, f"present.{i}.key"), _named(value, f"present.{i}.value")]
     x = b.op(
         "RMSNormalization", x, b.weight("model.norm.weight", np.ones(size.hidden, np.float32)), epsilon=1e-5
@@ -126,6 +135,13 @@ def tiny_decoder(**sizes: object) -> ir.Model:
     model = ir.Model(graph, ir_version=11, metadata_props={"porter.context_length": str(size.context)})
     ShapeInferencePass()(model)
     return model
+
+
+def _padding(b: Builder, mask: ir.Value, tokens: ir.Value) -> ir.Value:
+    """Key j of row b is seen where mask[b, j]: bool [batch,1,S,past+S]."""
+    seen = b.op("Unsqueeze", b.op("Cast", mask, to=ir.DataType.BOOL), b.ints(1, 2))
+    count = b.op("Shape", tokens, start=1, end=2)
+    return b.op("Expand", seen, b.op("Concat", b.ints(1, 1), count, b.ints(1), axis=0))
 
 
 def _window(b: Builder, tokens: ir.Value, past: ir.Value) -> ir.Value:
@@ -181,6 +197,13 @@ def _positions(b: Builder, tokens: ir.Value, past: ir.Value, last_input: ir.Valu
     size, style = b.size, b.size.positions
     if style == "input":
         return (*_tables(b), last_input)
+    if style == "counted":
+        ones = b.op("Cast", last_input, to=INT)
+        sums = b.op("Mul", b.op("CumSum", ones, b.scalar(1)), ones)
+        rows = b.op("Sub", sums, b.scalar(1))
+        cut = b.op("Slice", rows, b.op("Shape", past, start=2, end=3), b.ints(2**31), b.ints(1))
+        table = b.noise("model.embed_positions.weight", size.context + 2, size.hidden)
+        return (b.op("Gather", table, b.op("Add", cut, b.scalar(2))),)
     count = b.op("Squeeze", b.op("Shape", tokens, start=1, end=2))
     before = b.op("Squeeze", b.op("Shape", past, start=2, end=3))
     after = b.op("Add", before, count)

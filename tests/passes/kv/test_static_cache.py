@@ -24,9 +24,14 @@ def converted(capacity: int = CAPACITY, **sizes: object) -> tuple[ir.Model, ir.M
 
 
 def position_feed(model: ir.Model, lengths: np.ndarray, count: int) -> dict[str, np.ndarray]:
-    """`position_ids`, for a model that takes them."""
-    wanted = any(v.name == "position_ids" for v in model.graph.inputs)
-    return {"position_ids": lengths[:, None] + np.arange(count)} if wanted else {}
+    """`position_ids` and `attention_mask`, for a model that takes them."""
+    inputs, fed = {v.name: v for v in model.graph.inputs}, {}
+    if "position_ids" in inputs:
+        fed["position_ids"] = lengths[:, None] + np.arange(count)
+    if "attention_mask" in inputs:
+        kind = inputs["attention_mask"].dtype.numpy()
+        fed["attention_mask"] = np.ones((len(lengths), lengths.max() + count), kind)
+    return fed
 
 
 def row_by_row(
@@ -117,6 +122,79 @@ def test_a_sliding_window_slides_over_each_row(window, lengths, count):
     assert_same(got, row_by_row(concat, ids, cache, lengths), cache, lengths, count)
     masks = [n.inputs[3] for n in static.graph if n.op_type == "Attention"]
     assert [m is not None for m in masks] == [window < CAPACITY, False]  # all tokens fit into a wide one
+
+
+MASKED = [(p, "int64", 0) for p in (*decoders.POSITIONS, "counted")]
+MASKED += [("counted", "bool", 0), ("range", "int32", 5), ("counted", "int64", 1)]
+
+
+@pytest.mark.parametrize(("positions", "mask", "window"), MASKED)
+@pytest.mark.parametrize(("lengths", "count"), [([0], 7), ([11], 1), ([0, 1, 7], 4)])
+def test_a_padding_mask_goes(positions, mask, window, lengths, count):
+    concat, static = converted(positions=positions, mask=mask, window=window)
+    assert "attention_mask" not in {v.name for v in static.graph.inputs}
+    lengths = np.array(lengths)
+    ids = np.random.default_rng(5).integers(0, 61, (len(lengths), count))
+    cache = decoders.empty_cache(static, len(lengths), seed=3)
+    feeds = {"input_ids": ids, **cache, **position_feed(static, lengths, count), LENGTHS: lengths}
+    assert_same(decoders.run(static, feeds), row_by_row(concat, ids, cache, lengths), cache, lengths, count)
+
+
+@pytest.mark.parametrize("positions", ["counted", "input"])
+def test_past_lengths_say_what_zeros_at_the_left_said(positions):
+    """The same rows, filled up at the left under a mask with zeros."""
+    concat, static = converted(positions=positions, mask="int64")
+    lengths, longest = np.array([5, 0, 7]), 7
+    ids = np.random.default_rng(5).integers(0, 61, (3, 4))
+    cache = decoders.empty_cache(static, 3, seed=3)
+    feeds = {"input_ids": ids, **cache, **position_feed(static, lengths, 4), LENGTHS: lengths}
+    got = decoders.run(static, feeds)["logits"]
+    filled = {name: np.zeros_like(buffer[:, :, :longest]) for name, buffer in cache.items()}
+    for b, length in enumerate(lengths):
+        for name, buffer in cache.items():
+            filled[name][b, :, longest - length :] = buffer[b, :, :length]
+    mask = (np.arange(longest + 4) >= longest - lengths[:, None]).astype(np.int64)
+    feeds = {"input_ids": ids, **filled, **position_feed(concat, lengths, 4), "attention_mask": mask}
+    want = decoders.run(decoders.session(concat), feeds)["logits"]
+    np.testing.assert_allclose(got, want, rtol=0, atol=64 * 2.0**-24 * np.abs(want).max())  # as above
+
+
+def test_positions_counted_from_a_mask_bound_the_cache():
+    """The table has rows for two positions that no token has."""
+    model = decoders.tiny_decoder(positions="counted", mask="int64", context=64)
+    with pytest.raises(PassError, match=r"PORT-0286.*tables for 64 positions, and a cache of 65"):
+        StaticCache(capacity=65).run(model, Context())
+
+
+KEPT = {
+    "another width": (["batch", "total"], "int64", "it has a mask"),
+    "floats": (["batch", "past + sequence"], "float", "it has a mask"),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_another_mask_stays(case):
+    shape, kind, reason = KEPT[case]
+    model = decoders.tiny_decoder(mask=kind)
+    model.graph.inputs[-1].shape = ir.Shape(shape)
+    assert StaticCache(capacity=CAPACITY).run(model, Context()) == 0
+    assert "attention_mask" in {v.name for v in model.graph.inputs}
+    assert reason in str(why_not(model))
+    assert "(of attention_mask)" in str(why_not(model))
+
+
+def test_a_mask_that_is_read_otherwise_stays():
+    """How many tokens a row has, which no index says."""
+    model = decoders.tiny_decoder(mask="int64")
+    mask, logits = model.graph.inputs[-1], model.graph.outputs[0]
+    count = ir.node("ReduceSum", [mask], {"keepdims": 0})
+    cast = ir.node("CastLike", [count.outputs[0], logits])
+    more = ir.node("Add", [logits, cast.outputs[0]])
+    more.outputs[0].name, more.outputs[0].type, more.outputs[0].shape = "more", logits.type, logits.shape
+    model.graph.extend([count, cast, more])
+    model.graph.outputs[0] = more.outputs[0]
+    assert StaticCache(capacity=CAPACITY).run(model, Context()) == 0
+    assert str(why_not(model)).endswith("it makes something else of attention_mask than positions")
 
 
 def test_layers_with_the_same_window_share_their_mask():
