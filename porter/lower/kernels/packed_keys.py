@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from porter.lower.kernels import vectors as vec
 from porter.lower.kernels.define import Expr, T, f32, i64, local, loop, store, tirx
 from porter.lower.kernels.packed import CHUNK, TILE, Codes
-from porter.lower.kernels.steps import float_steps, steps_of_tokens
+from porter.lower.kernels.steps import float_steps, prefetch_steps, steps_of_tokens
 from porter.lower.kernels.stored import LANES, Buffers
 
 LIMIT = 127  # of a query's integers
@@ -54,11 +54,10 @@ class Keys:
     def _round(self, values: list[Expr], r: int, chunk: int) -> None:
         """A chunk of a row to integers, in the order of codes."""
         place = r * self.codes.chunks + chunk
-        top = vec.held(vec.largest([tirx.max(x, T.broadcast(f32(0), LANES) - x) for x in values]))
+        top = vec.held(vec.largest([vec.magnitude(x) for x in values]))
         store(self.scale, top * f32(1 / LIMIT), place)
         inverse = T.broadcast(vec.held(f32(LIMIT) / tirx.max(top, f32(TINY))), LANES)
-        whole = [vec.rounded_bits(x * inverse) for x in values]
-        numbers = tirx.Cast("int8x32", vec.picked(whole, range(CHUNK)))
+        numbers = vec.rounded_bytes([x * inverse for x in values], signed=True)
         ordered = vec.held(vec.bytes_at(vec.as_type(numbers, "uint8x32"), ORDER[self.codes.bits]))
         fours = vec.as_type(ordered, "int32x8")
         for i in range(LANES):
@@ -82,9 +81,11 @@ class Keys:
         """scores[r, t] of the 32 tokens from `token`, counted from the first code, on."""
         if self.codes.along_tokens:
             self._fold_steps(query, row, token)
+        prefetch_steps(self.codes, self.at, self.name, row, token)
         with loop(TILE // LANES) as block:
             first = vec.held(token + block * i64(LANES))
             sums = local(self.rows * LANES)
+            vec.prefetch(self.at[f"{self.name}_codes"], (*row, first + i64(TILE)), LANES)
             for r in range(self.rows):
                 start = self.base[r] if self.codes.along_tokens and self._minimum is not None else f32(0)
                 vec.put(sums, T.broadcast(start, LANES), r * LANES, LANES)

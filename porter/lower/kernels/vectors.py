@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 from porter.lower.kernels.define import Expr, T, f32, i64, local, tirx
 
-MAGIC = 1.5 * 2**23  # added to a float32 below 2^22, leaves it rounded to an integer in the lowest bits
-
 
 def available() -> bool:
     """Is compiled code for a processor that has them? (`porter.lower.build.BASELINE`)"""
@@ -20,8 +18,8 @@ def available() -> bool:
 
 def held(value: Expr) -> Expr:
     """The value under a name. (A buffer, since TVM's simplifier writes the value of a `bind` into each use.)"""
-    kind, _, lanes = repr(value.ty).removeprefix("T.").partition("x")
-    kept, count = local(int(lanes or 1), kind), int(lanes or 1)
+    kind, count = _kind(value)
+    kept = local(count, kind)
     at = T.ramp(i64(0), 1, count) if count > 1 else i64(0)
     T.buffer_store(kept, value, [at])
     return kept[at]
@@ -47,7 +45,14 @@ def spread(value: Expr | int, lanes: int, dtype: str = "int32") -> Expr:
 
 def picked(vectors: Sequence[Expr], order: Sequence[int]) -> Expr:
     """Lanes of the vectors, counted through all of them."""
-    return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", i) for i in order])
+    enough = -(-len(order) // sum(_kind(v)[1] for v in vectors))  # TVM wants no more lanes than there are
+    return tirx.Shuffle([*vectors] * enough, [tirx.IntImm("int32", i) for i in order])
+
+
+def _kind(value: Expr) -> tuple[str, int]:
+    """The type of a lane, and how many there are."""
+    kind, _, lanes = repr(value.ty).removeprefix("T.").partition("x")
+    return kind, int(lanes or 1)
 
 
 def load(buffer: tirx.Buffer, where: Sequence[Expr], first: Expr | int, lanes: int) -> Expr:
@@ -90,8 +95,8 @@ def hidden_zero(size: Expr) -> Expr:
 
 
 def shifted_up(words: Expr, shifts: Sequence[int], zero: Expr) -> Expr:
-    """uint16x16: each word by its own shift, a pattern that repeats. AVX2 has no such shift of words, and LLVM
-    would take three instructions for a product with powers of two that it knows; `zero` hides them."""
+    """uint16x16: each word by its own shift. AVX2 has no such shift of words, and LLVM would take three
+    instructions for a product with powers of two that it knows; `zero` hides them."""
     return words * (_powers([1 << n for n in shifts]) + T.broadcast(zero, 16))
 
 
@@ -102,7 +107,10 @@ def shifted_down(words: Expr, shifts: Sequence[int]) -> Expr:
 
 
 def _powers(pattern: Sequence[int]) -> Expr:
-    return ints([pattern[i % len(pattern)] for i in range(16)], "uint16")
+    """Of two words a lane, or of two words a lane in each half."""
+    half = len(pattern) // 2
+    whole = pattern * 8 if half == 1 else [*pattern[:2] * 4, *pattern[2:] * 4]
+    return ints(whole, "uint16")
 
 
 def masked(vector: Expr, mask: int) -> Expr:
@@ -127,9 +135,19 @@ def both(a: Expr, b: Expr) -> Expr:
     return as_type(as_type(a, "uint32x8") | as_type(b, "uint32x8"), "uint8x32")
 
 
-def rounded_bits(value: Expr) -> Expr:
-    """float32x8 with magnitudes below 2^22 -> int32x8 whose lowest bits are those of the nearest integer."""
-    return as_type(value + T.broadcast(f32(MAGIC), 8), "int32x8")
+def rounded_bytes(values: Sequence[Expr], signed: bool) -> Expr:
+    """Four float32x8 -> the nearest integers, ties to even, as int8x32 or uint8x32; beyond them they saturate."""
+    whole = [T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx.cvt.ps2dq.256", v) for v in values]
+    pack = "llvm.x86.avx2.packssdw"
+    words = [T.call_llvm_pure_intrin("int16x16", pack, *whole[i : i + 2]) for i in (0, 2)]
+    pack, kind = ("packsswb", "int8x32") if signed else ("packuswb", "uint8x32")
+    mixed = T.call_llvm_pure_intrin(kind, f"llvm.x86.avx2.{pack}", *words)  # in each half, of all four
+    return as_type(picked([as_type(mixed, "int32x8")], (0, 4, 1, 5, 2, 6, 3, 7)), kind)
+
+
+def magnitude(value: Expr) -> Expr:
+    """float32x8 without signs."""
+    return as_type(as_type(value, "uint32x8") & spread(0x7FFFFFFF, 8, "uint32"), "float32x8")
 
 
 def largest(values: Sequence[Expr]) -> Expr:
