@@ -40,7 +40,9 @@ Calibration = Annotated[
         "Default: text the model writes itself."
     ),
 ]
-Form = Annotated[str, typer.Option(help="Quantized weights in model.onnx: onnx, or contrib (com.microsoft).")]
+Form = Annotated[
+    str, typer.Option(help="Quantized weights and caches in model.onnx: onnx, or contrib (com.microsoft).")
+]
 DecodeSteps = Annotated[
     int,
     typer.Option(

@@ -5,29 +5,36 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from porter import __version__, bundle, decoder, graph, kv, memory, needs, registry, target
+from porter import __version__, bundle, decoder, graph, kv, memory, needs, target
 from porter.calibrate.feeds import calibration
 from porter.context import Context
 from porter.drift import attention
 from porter.drift import budget as budgets
 from porter.drift import measure as measuring
 from porter.drift.feeds import TokenFeeds
-from porter.drift.measure import SINGLE, Runnable, feeds_for, measure, tokenizer_files
+from porter.drift.measure import Runnable, feeds_for, measure, tokenizer_files
 from porter.drift.streamed import Interface, Streamed
-from porter.errors import DriftError, OptionError
-from porter.kvgraph.graph import BITS, BYTES, CAPACITY
+from porter.errors import DriftError
+from porter.kv.layout import pools
+from porter.kv.tags import describe
+from porter.kvgraph.graph import BITS, CAPACITY, DONE, READ
+from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
 from porter.report.report import DriftReport, Figure, Stage
 from porter.run.reference import ReferenceRunner
+from porter.run.tally import Tally
 from porter.target import TargetSpec
 from porter.weights import select
 from porter.weights.base import WeightPass
@@ -40,35 +47,6 @@ if TYPE_CHECKING:
 MAX_BATCH = 8  # rows that one step may have; memory is planned for them
 MAX_STEP = 512  # tokens that one step may feed; longer prompts are fed in pieces
 MAX_CONTEXT = 4096  # cached tokens, where the model allows more and --context does not ask for it
-# Methods that are two: what makes the weights easy to cast, and what casts them.
-PREPARED = {"smoothquant": ("quantize.smoothquant,", "rtn")}
-# Passes that a form of quantized weights adds at the end.
-FORMS = {"onnx": "", "contrib": ",quantize.contrib"}
-
-Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a conversion may be told. Paths and texts are as the command line takes them."""
-
-    target: str = "host"
-    weights: str = ""
-    kv: str = ""
-    method: str = ""  # how weights are cast; "" rounds them to nearest
-    activations: str = ""
-    form: str = "onnx"  # or contrib: how bundle/model.onnx spells quantized weights
-    pipeline: str = ""
-    budget: str = ""
-    data: str = ""
-    seed: int = 0
-    context: int = 0
-    decode: int = 0  # tokens before each context length that a quantized cache is measured on; 0: SINGLE
-    keep: bool = False
-    max_memory: str = ""
-    calibration: str = ""
-    repeat: str = ""  # the command that does this again, for the report
-    progress: Progress = field(default=lambda stage, fraction: None, compare=False)
 
 
 def convert(source: Path, out: Path, options: Options) -> DriftReport:
@@ -82,7 +60,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     limit = memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
-    single = _single(pipeline, options)
+    single = single_tokens(pipeline, options)
     bundle.remove_stale(out.absolute())
     with memory.Watch(limit) as watch:
         progress = _checked(options.progress, watch)
@@ -106,8 +84,8 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
             lowered = _lower(_standard(model), spec, folder, ported, progress)
-            ports = _ports(model, ported, reference, folder, plan)
-            drift, heads = _measured(_in_folder(reference, folder), ports, feeds, folder, single, progress)
+            ports = partial(_ports, model, ported, reference, folder, plan)
+            drift, heads, recomputed = _measured(reference, ports, feeds, folder, single, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)
@@ -120,7 +98,8 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
                 attention=heads,
-                memory=_memory(source, lowered, plan, watch) | _cache(model),
+                recomputed=recomputed,
+                memory=_memory(source, lowered, plan, watch) | _cache(model, lowered, ported),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
                 calibration=calibrated.facts,
@@ -174,11 +153,28 @@ def _in_folder(model: Runnable, folder: Path) -> Runnable:
     return replace(model, streamed=replace(model.streamed, folder=folder)) if model.streamed else model
 
 
+@contextmanager
+def _measurable(folder: Path) -> Iterator[Path]:
+    """The model after its passes, in a file that ONNX Runtime's CPU runs as it is to be measured.
+
+    That is the bundle's, but where attention is GroupQueryAttention: its kernels have no 8-bit floats, and
+    take one row where several tokens follow cached ones. The same in standard operators then lies beside it
+    for as long as it is measured.
+    """
+    model = graph.load(folder / bundle.MODEL)
+    if not any(node.op_type == "GroupQueryAttention" for node in model.graph):
+        yield folder / bundle.MODEL
+        return
+    Pipeline.parse("clean.contrib{only=GroupQueryAttention},clean.dead").run(model, Context())
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        graph.save(model, Path(beside) / bundle.MODEL)
+        yield Path(beside) / bundle.MODEL
+
+
 def _ports(
-    model: ir.Model, ported: decoder.Decoder, reference: Runnable, folder: Path, plan: needs.Plan
+    model: ir.Model, ported: decoder.Decoder, reference: Runnable, folder: Path, plan: needs.Plan, path: Path
 ) -> dict[str, Runnable]:
-    """The model after its passes, run as the reference is, and the lowered program."""
-    path = folder / bundle.MODEL
+    """The model after its passes in `path`, run as the reference is, and the lowered program."""
     way = {
         "whole": reference.whole,
         "streamed": Streamed(path, ported, plan.piece, folder, briefly=True) if plan.piece else None,
@@ -196,102 +192,24 @@ def _ports(
     }
 
 
-def pipeline_text(spec: TargetSpec, options: Options) -> str:
-    """The target's pipeline with its slots filled, or the user's own.
-
-    Raises OptionError PORT-0830 for a format or scheme that the target's kernels do not read, PORT-0835
-    for both a pipeline and options that fill the target's, PORT-0258 and PORT-0259 for a method or form that
-    is none.
-    """
-    if options.form not in FORMS:
-        what = f"there is no form {options.form!r}"
-        raise OptionError("PORT-0259", what, where="--form", hint=f"forms: {', '.join(FORMS)}")
-    if options.pipeline:
-        if options.weights or options.kv or options.context or options.method or options.activations:
-            what = "--pipeline says all that is done; --weights, --kv and --context would change nothing"
-            raise OptionError("PORT-0835", what, hint="write them into the pipeline, or leave it out")
-        return options.pipeline + FORMS[options.form]
-    limit = f"{{capacity={options.context}}}" if options.context else ""
-    text = spec.pipeline.replace("kv.static_cache", f"kv.static_cache{limit}")
-    for slot, filled in (("weights", _weights_text(spec, options)), ("kv", _kv_text(spec, options))):
-        text = text.replace(f"{{{slot}}}", filled)
-    return text + FORMS[options.form]
-
-
-def _weights_text(spec: TargetSpec, options: Options) -> str:
-    """The passes that cast weights and activations."""
-    name, method = spec.flavour(options.weights) or "fp32", options.method or "rtn"
-    if not spec.reads(name):
-        raise _not_offered(spec, "weights", options.weights, spec.weights)
-    if options.method:
-        methods = [m for m in registry.builtin() if m.startswith("quantize.") and casts_weights(m)]
-        known = [*(m.removeprefix("quantize.") for m in methods), *PREPARED]
-        if method not in known:
-            what = f"there is no method {method!r}"
-            raise OptionError("PORT-0258", what, where="--method", hint=f"methods: {', '.join(known)}")
-        if name == "fp32":
-            what = "--method says how weights are cast, and nothing says to which format"
-            raise OptionError("PORT-0258", what, hint="give --weights FORMAT too, as int4-g32")
-    before, method = PREPARED.get(method, ("", method))
-    texts = [f"{before}quantize.{method}{{format={name}}}"] if name != "fp32" else []
-    if options.activations not in ("", "fp32"):
-        wanted = spec.flavour(options.activations)
-        if wanted not in spec.activations:
-            raise _not_offered(spec, "activations", options.activations, spec.activations)
-        texts.append(f"quantize.activations{{format={wanted}}}")
-    return ",".join(texts)
-
-
-def _kv_text(spec: TargetSpec, options: Options) -> str:
-    """The pass that quantizes the cache; the text of --kv is that of its options, the scheme's name first."""
-    words = options.kv.split() or ["fp32"]
-    name = words[0].removeprefix("scheme=")
-    if "=" in name:
-        name, words = "fp16", ["fp16", *words]
-    elif name not in spec.kv:
-        raise _not_offered(spec, "kv", name, spec.kv)
-    kv.parse(" ".join(words))
-    return "kv.quantize{" + " ".join([f"scheme={name}", *words[1:]]) + "}" if words != ["fp32"] else ""
-
-
-def _not_offered(spec: TargetSpec, slot: str, asked: str, offered: tuple[str, ...]) -> OptionError:
-    what = f"{spec.name} has no {slot} format {asked!r}"
-    return OptionError("PORT-0830", what, where=f"--{slot}", hint=f"it has: {', '.join(offered)}")
-
-
-def casts_weights(name: str) -> bool:
-    """Whether the pass of that name is a method that casts weights."""
-    found = registry.find(name)
-    return isinstance(found, type) and issubclass(found, WeightPass)
-
-
-def _single(pipeline: Pipeline, options: Options) -> int:
-    """How many tokens before each context length are decoded one at a time; 0 where no cache is quantized.
-
-    Raises OptionError PORT-0606 when that is asked for then.
-    """
-    if any(p.name == "kv.quantize" for p in pipeline.passes):
-        return options.decode or SINGLE
-    if options.decode:
-        what = "no cache is quantized, so --decode would change nothing"
-        raise OptionError("PORT-0606", what, hint="give --kv SCHEME too, or leave it out")
-    return 0
-
-
 def _measured(
     reference: Runnable,
-    ports: Mapping[str, Runnable],
+    ports_of: Callable[[Path], Mapping[str, Runnable]],
     feeds: TokenFeeds,
     folder: Path,
     single: int,
     progress: Progress,
-) -> tuple[dict[str, Comparison], list[attention.Head]]:
-    """Drift of the ports, and what a quantized cache does to each head of a model that can be opened."""
+) -> tuple[dict[str, Comparison], list[attention.Head], dict[str, Tally]]:
+    """Drift of the ports, what a quantized cache does to each head of a model that can be opened, and how
+    often attention was computed from an exact copy."""
     progress("measure", 0.0)
-    drift = measure(reference, ports, feeds, lambda f: progress("measure", f), folder, single)
-    port = ports["total"]
+    with _measurable(folder) as path:
+        ports = ports_of(path)
+        kept = _in_folder(reference, folder)
+        drift = measure(kept, ports, feeds, lambda f: progress("measure", f), folder, single)
+    port, recomputed = ports["total"], {name: p.tally for name, p in ports.items() if p.tally.steps}
     if not single or reference.streamed:
-        return drift, []
+        return drift, [], recomputed
     progress("attention", 0.0)
     model = _standard(graph.load(folder / bundle.MODEL))
     steps = 1 if reference.whole else attention.STEPS  # a step of a large model decodes every weight
@@ -299,7 +217,7 @@ def _measured(
         model, port.decoder, port.runner, feeds, steps, lambda f: progress("attention", f)
     )
     port.close()
-    return drift, heads
+    return drift, heads, recomputed
 
 
 def _kept(model: ir.Model, pipeline: Pipeline) -> list[select.Kept]:
@@ -382,16 +300,32 @@ def _memory(source: Path, plan: Plan, needed: needs.Plan, watch: memory.Watch) -
     }
 
 
-def _cache(model: ir.Model) -> dict[str, Figure]:
-    """What a quantized cache takes; nothing for one of floats."""
+def _cache(model: ir.Model, plan: Plan, ported: decoder.Decoder) -> dict[str, Figure]:
+    """What a quantized cache takes, by the buffers of the lowered program; nothing for one of floats."""
     about = model.metadata_props
-    if BYTES not in about:
+    if BITS not in about:
         return {}
-    held = f"KV cache, {about[CAPACITY]} tokens x batch 1"
-    return {
-        held: Figure(int(about[BYTES]), "bytes", "estimated"),  # planned
-        "KV cache, scales and windows included": Figure(float(about[BITS]), "bits per value", "estimated"),
-    }
+    caches = {c.past for c in ported.caches}
+    rows = [(b, plan.bounds.get(b.shape[0]) or int(b.shape[0])) for b in plan.buffers if b.name in caches]
+    held = Figure(sum(b.bytes // batch for b, batch in rows), "bytes", "estimated")
+    tagged = {}
+    if decoder.TAGS in about:
+        scheme, chosen = kv.parse(about[DONE]), about[decoder.TAGS].replace("none", "").split()
+        more = pools(scheme, int(about[CAPACITY]))[1]
+        words = describe(map(int, chosen)) or "none"
+        held_in = f"keys {scheme.key.more}, values {scheme.value.more}"
+        what = f"KV cache, places with more bits ({held_in}); tags that ask: {words}"
+        tagged = {what: Figure(more, "tokens", "estimated")}
+    per_value = {"KV cache, scales and windows included": BITS, "KV cache, read without its exact copy": READ}
+    return (
+        {f"KV cache, {about[CAPACITY]} tokens x batch 1": held}
+        | {
+            name: Figure(float(about[key]), "bits per value", "estimated")
+            for name, key in per_value.items()
+            if key in about
+        }
+        | tagged
+    )
 
 
 def _write_reports(report: DriftReport, folder: Path) -> None:

@@ -32,8 +32,11 @@ class Decoder:
     [batch], says how many of its tokens are valid). Models with GroupQueryAttention may say that by their
     mask, or by `last`, the number of valid tokens of each row with the new ones but less one, and `total`,
     the number of tokens of the longest row. `output` is the logits [batch, sequence, vocabulary], or
-    an encoder's hidden states. `others` are inputs porter has no meaning for. `context` is the most tokens
-    the model was made for, 0 when the model does not say; `eos` are the tokens that end a text.
+    an encoder's hidden states. `tags` is the input that says what each token is, of a model whose cache gives
+    some tokens more bits (`porter.kv.tags`). `others` are inputs porter has no meaning for. `context` is the
+    most tokens the model was made for, 0 when the model does not say; `eos` are the tokens that end a text.
+    `exact` are outputs, bool [batch, heads, sequence], one a layer: what was computed again from an exact
+    copy of the cache (`porter.kvgraph.certified`).
     """
 
     tokens: str
@@ -47,10 +50,15 @@ class Decoder:
     total: str = ""
     capacity: int = 0
     token_types: str = ""
+    tags: str = ""
     others: tuple[str, ...] = ()
     context: int = 0
     eos: tuple[int, ...] = ()
+    exact: tuple[str, ...] = ()
 
+
+# Outputs of layer 3: `attention_bound.3`, `attention_exact.3`.
+BOUND, EXACT = "attention_bound", "attention_exact"
 
 # Names in common use: porter's and PyTorch's own, optimum's, and older exporters'.
 _NAMES = {
@@ -59,7 +67,9 @@ _NAMES = {
     "mask": ("attention_mask", "mask", "attn_mask"),
     "lengths": ("past_lengths", "past_length", "past_seq_lengths"),
     "token_types": ("token_type_ids", "segment_ids"),
+    "tags": ("tags",),
 }
+TAGS = "porter.kv.tags"  # the metadata entry of a model that has tags: those that want more bits
 _OUTPUTS = ("logits", "last_hidden_state", "hidden_states")
 _LAYER_FIRST = re.compile(
     r"(?P<side>past|present|new|updated)(?:_key_values?)?[._](?P<layer>\d+)[._](?P<kind>key|value|k|v)(?P<rest>_\w+)?"
@@ -67,6 +77,7 @@ _LAYER_FIRST = re.compile(
 _KIND_FIRST = re.compile(
     r"(?P<side>past|present|new|updated)_(?P<kind>key|value|k|v)(?P<rest>_[a-z]+)?_(?P<layer>\d+)"
 )
+_SHARED = re.compile(r"(past|present)_(?P<kind>slots)")  # by all layers
 _KINDS = {"k": "key", "v": "value"}
 
 
@@ -81,6 +92,8 @@ def recognise(model: ir.Model) -> Decoder:
     outputs = {v.name: v for v in model.graph.outputs if v.name}
     caches = _named_caches(inputs, outputs)
     roles = _named_roles(inputs)
+    if TAGS not in model.metadata_props:
+        roles.pop("tags", None)
     spent = {c.past for c in caches} | set(roles.values())
     if "tokens" not in roles:
         roles["tokens"] = _find_tokens(inputs, spent)
@@ -98,10 +111,24 @@ def recognise(model: ir.Model) -> Decoder:
         caches=tuple(caches),
         capacity=capacity,
         others=tuple(n for n in inputs if n not in spent),
-        context=int(_numbers(model, "porter.context_length", (0,))[0]),
+        context=context_length(model),
         eos=_numbers(model, "porter.eos", ()),
+        exact=tuple(n for n in outputs if n.startswith(f"{EXACT}.")),
         **roles,
     )
+
+
+def context_length(model: ir.Model) -> int:
+    """The most tokens that a model was made for: what it says, else the positions that it has tables for; 0
+    when neither tells."""
+    return int(_numbers(model, "porter.context_length", (0,))[0]) or positions(model)
+
+
+def positions(model: ir.Model) -> int:
+    """The positions that a model has tables for, 0 without tables."""
+    from porter.symbolic.positions import positions as found  # sympy takes a while, and most models say
+
+    return found(model.graph, _NAMES["positions"])
 
 
 def _named_roles(inputs: Mapping[str, ir.Value]) -> dict[str, str]:
@@ -124,7 +151,9 @@ def _named_caches(inputs: Mapping[str, ir.Value], outputs: Mapping[str, ir.Value
 
 
 def place(name: str) -> tuple[int, str] | None:
-    """The layer and kind that a cache's name says, or None."""
+    """The layer and kind that a cache's name says, or None; what all layers share is of layer 0."""
+    if shared := _SHARED.fullmatch(name):
+        return 0, shared["kind"]
     match = _LAYER_FIRST.fullmatch(name) or _KIND_FIRST.fullmatch(name)
     if match is None:
         return None
@@ -151,13 +180,14 @@ def _is_ids(value: ir.Value) -> bool:
 
 
 def _table_rows(value: ir.Value) -> int:
-    """Rows of the table that `value` indexes through Gather, perhaps after a Cast; 0 when it does not."""
+    """Rows of the table that `value` indexes through Gather, perhaps in another type or shape; 0 when it does
+    not."""
     rows = 0
     for node, index in value.uses():
         if node.op_type == "Gather" and index == 1 and node.inputs[0] is not None:
             shape = node.inputs[0].shape
             rows = max(rows, shape[0] if shape and isinstance(shape[0], int) else 1)
-        elif node.op_type == "Cast":
+        elif node.op_type in ("Cast", "Identity", "Reshape") and index == 0:
             rows = max(rows, _table_rows(node.outputs[0]))
     return rows
 
@@ -272,7 +302,8 @@ def _find_output(outputs: Mapping[str, ir.Value], presents: set[str], inputs: Ma
     for name in _OUTPUTS:
         if name in outputs:
             return name
-    left = {n: v for n, v in outputs.items() if n not in presents}
+    beside = (f"{BOUND}.", f"{EXACT}.")
+    left = {n: v for n, v in outputs.items() if n not in presents and not n.startswith(beside)}
     for name, value in left.items():
         if value.dtype is not None and value.dtype.is_floating_point() and _rank(value) == 3:
             return name

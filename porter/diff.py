@@ -40,6 +40,7 @@ def diff(
         target="",
         pipeline="",
         seconds={"measurement": Figure(time.perf_counter() - started, "s", "measured")},
+        recomputed={"total": candidate.tally} if candidate.tally.steps else {},
         budget=allowed,
         repeat=repeat,
     )

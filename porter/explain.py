@@ -9,8 +9,8 @@ from typing import Any
 
 from porter import graph, rewrite, target
 from porter.context import Context
-from porter.convert import Options, pipeline_text
 from porter.errors import PassError
+from porter.options import Options, pipeline_text
 from porter.pipeline import Pass, Pipeline
 from porter.symbolic.rows import Refusal
 

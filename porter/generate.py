@@ -9,18 +9,24 @@ from typing import Any
 
 from porter.drift.measure import Runnable
 from porter.errors import OptionError
+from porter.report.words import recomputed
 from porter.run.decode import Decode, generate, sampler
+from porter.run.tally import Tally
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What was generated: token ids, their text (None without a tokenizer), and measured times."""
+    """What was generated: token ids, their text (None without a tokenizer), and measured times.
+
+    `recomputed` says how often attention was computed from the cache's exact copy, None where it has none.
+    """
 
     prompt: list[int]
     tokens: list[int]
     text: str | None
     first_token_s: float
     tokens_per_s: float
+    recomputed: Tally | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; both times are measured."""
@@ -30,7 +36,10 @@ class Generated:
         """One line."""
         rate = f"{self.tokens_per_s:.1f} tokens/s" if self.tokens_per_s else "one token"
         first = f"first after {self.first_token_s * 1e3:.0f} ms"
-        return f"{len(self.tokens)} tokens, {first}, then {rate} (measured)"
+        made = f"{len(self.tokens)} tokens, {first}, then {rate} (measured)"
+        if self.recomputed is None:
+            return made
+        return f"{made}; {recomputed({'': self.recomputed})} (measured)"
 
 
 def stream(
@@ -54,9 +63,8 @@ def stream(
     write(prompt if words and tokens is None else "")
     started = time.perf_counter()
     made, text, first = [], "", 0.0
-    for token in generate(
-        Decode(model.runner, model.decoder), ids, _room(model, ids, max_new), sampler(**sampling)
-    ):
+    decode = Decode(model.runner, model.decoder)
+    for token in generate(decode, ids, _room(model, ids, max_new), sampler(**sampling)):
         first = first or time.perf_counter() - started
         made.append(int(token))
         piece = words.push(token) if words else f"{token} "
@@ -66,7 +74,8 @@ def stream(
     write(rest)
     elapsed = time.perf_counter() - started - first
     rate = (len(made) - 1) / elapsed if len(made) > 1 else 0.0
-    return Generated(list(map(int, ids)), made, text + rest if words else None, first, rate)
+    tally = decode.tally if model.decoder.exact else None
+    return Generated(list(map(int, ids)), made, text + rest if words else None, first, rate, tally)
 
 
 def _room(model: Runnable, ids: Sequence[int], max_new: int) -> int:

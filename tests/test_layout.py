@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from porter import registry, target
-from porter.convert import Options, pipeline_text
+from porter.options import Options, pipeline_text
 from porter.pipeline import Pass, Pipeline
 
 ROOT = Path(__file__).parent.parent

@@ -38,17 +38,19 @@ OPSET = 24  # the first with all that is written here
 
 @dataclass(frozen=True)
 class UnderstandContrib(Pass):
-    """Rewrite com.microsoft operators, and products of codes, in standard ones."""
+    """Rewrite com.microsoft operators, and products of codes, in standard ones; `only`: those so named."""
 
     promise: ClassVar[Promise] = Promise.REORDERS
     after: ClassVar[tuple[str, ...]] = ("clean.opset",)
+
+    only: tuple[str, ...] = ()
 
     def run(self, model: ir.Model, context: Context) -> int:
         """The number of nodes rewritten.
 
         Raises PassError PORT-0265 to PORT-0269 for what has no standard form.
         """
-        found = [node for graph in graphs(model) for node in graph if rewriter(node)]
+        found = [node for graph in graphs(model) for node in graph if rewriter(node) and self._wants(node)]
         if not found:
             return 0
         if model.opset_imports.get("", 0) < OPSET:
@@ -71,6 +73,9 @@ class UnderstandContrib(Pass):
         if not any(node.domain == CONTRIB for node in model.graph.all_nodes()):
             model.opset_imports.pop(CONTRIB, None)
         return len(found)
+
+    def _wants(self, node: ir.Node) -> bool:
+        return not self.only or node.op_type in self.only
 
 
 def _rewritten(edit: Editor, node: ir.Node) -> bool:

@@ -10,9 +10,11 @@ The buffers of the scheme (`porter.kv.layout`) become the model's inputs and out
 name (the usual one, where its own does not say layer and side), the others are named after it, as
 `past_key_values.0.key_scale` and `present.0.key_scale`. What the two functions write and read is in
 `porter.kvgraph.functions`; integers with a scale for each token and head are spelled with ONNX's own
-operators instead (`porter.kvgraph.plain`), and kept floats of another type with Cast. Rotations and
-normalizers become products around the Attention (`porter.kvgraph.turning`). Constants are taken from the
-calibration feeds.
+operators instead (`porter.kvgraph.plain`), and kept floats of another type with Cast. Rotations
+become products around the Attention (`porter.kvgraph.turning`), normalizers constants of the projections
+before it (`porter.kvgraph.folding`), or products where they cannot. Constants are taken from the calibration
+feeds. Where tags decide a token's bits, there are an input `tags` and one more buffer for all layers
+(`porter.kvgraph.slots`).
 
 A token is rounded once, when it is written or leaves the window, and is read rounded even in the step that
 does it. All tokens that are fed count: a window holds what was fed last.
@@ -32,8 +34,9 @@ from porter.context import Context
 from porter.errors import PassError
 from porter.kv import names
 from porter.kv.scheme import Scheme
-from porter.kvgraph import calibrate
-from porter.kvgraph.graph import BITS, BYTES, CAPACITY, DONE, layers, name_caches
+from porter.kvgraph import calibrate, slots
+from porter.kvgraph.folding import fold
+from porter.kvgraph.graph import BITS, BYTES, CAPACITY, DONE, READ, layers, name_caches
 from porter.kvgraph.store import check, store
 from porter.kvgraph.turning import turn
 from porter.pipeline import Pass, Promise
@@ -44,7 +47,7 @@ class QuantizeCache(Pass):
     """`scheme`: a name such as int8 or kivi2; the other options override what it says (`porter.kv.names`):
     `key` and `value` how either is stored, as int4-g32 or a scheme's name; `recent` and `sink` the tokens
     that stay in `high` precision (-1: the scheme's own), `keep-first` and `keep-last` the layers; `rotate`
-    and `normalize` as well; `scales` and `static` of both sides; `copy` and `share`.
+    and `normalize` as well; `scales` and `static` of both sides; `copy`, `tolerance`, `share` and `bits`.
     """
 
     promise: ClassVar[Promise] = Promise.LOSSY
@@ -63,7 +66,9 @@ class QuantizeCache(Pass):
     scales: str = ""
     static: str = ""
     copy: str = ""
+    tolerance: str = ""
     share: str = ""
+    bits: str = ""
 
     def __post_init__(self) -> None:
         self.parsed()  # what cannot be read is refused at once
@@ -75,7 +80,7 @@ class QuantizeCache(Pass):
             name, value = option.name.replace("_", "-"), getattr(self, option.name)
             if value is True:
                 words.append(name)
-            elif value not in (False, "") and value != -1:
+            elif value is not False and value not in ("", -1):  # 0 is a number of tokens
                 words.append(f"{name}={value}")
         return names.parse(" ".join(words))
 
@@ -86,7 +91,7 @@ class QuantizeCache(Pass):
 
     def run(self, model: ir.Model, context: Context) -> int:
         """Rewrite every float cache; the count is of caches. Raises PassError PORT-0262 to PORT-0264,
-        PORT-0272, PORT-0274."""
+        PORT-0272 to PORT-0274."""
         if DONE in model.metadata_props:
             return 0
         found, scheme = layers(model.graph), self.parsed()
@@ -96,25 +101,33 @@ class QuantizeCache(Pass):
                 f"kv.static_cache declined: {declined}" if declined else "kv.static_cache must stand before"
             )
             raise PassError("PORT-0263", what, hint=hint)
+        scheme = slots.resolved(scheme, found)
         schemes = [scheme.layer(i, len(found)) for i in range(len(found))]
+        slots.check(model.graph, schemes)
         for layer, each in zip(found, schemes, strict=True):
             for side in ("key", "value"):
                 check(layer, side, each)
-        made = calibrate.constants(model, found, schemes, context.calibration)
+        folds = [fold(layer) if each.normalize else None for layer, each in zip(found, schemes, strict=True)]
+        made = calibrate.constants(model, found, schemes, folds, context.calibration)
         pasts = [s.inputs[0] for layer in found for s in (layer.key, layer.value)]
         values, capacity = sum(math.prod(list(v.shape)[1:]) for v in pasts), pasts[0].shape[2]
-        others = set(model.graph.inputs) - set(pasts)
         name_caches(model.graph, found)
+        more = next((m.more for m in made if m.more is not None), None)
+        shared = slots.assign(model, found, schemes, more)
+        buffers = {*pasts, *([] if shared is None else [shared.producer().inputs[0]])}
+        others = {*model.graph.inputs} - buffers
         edits = 0
-        for layer, each, constants in zip(found, schemes, made, strict=True):
-            turn(layer, each, constants)
-            edits += sum(store(model, layer, side, each, constants) for side in ("key", "value"))
-        total = sum(_bytes(v) for v in model.graph.inputs if v not in others)
+        for layer, each, constants, folded in zip(found, schemes, made, folds, strict=True):
+            turn(layer, each, constants, folded)
+            edits += store(model, layer, each, constants, shared)
+        held = [v for v in model.graph.inputs if v not in others]
+        total, copies = (sum(map(_bytes, v)) for v in (held, [v for v in held if v.name.endswith("_copy")]))
         about = {
             DONE: names.text_of(scheme),
             CAPACITY: capacity,
             BYTES: total,
             BITS: f"{8 * total / values:.4f}",
+            **({READ: f"{8 * (total - copies) / values:.4f}"} if copies else {}),
         }
         model.metadata_props.update({name: str(value) for name, value in about.items()})
         return edits

@@ -349,8 +349,8 @@ def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _step(session: Session, group: Sequence[Window], part: Part) -> np.ndarray:
-    tokens = padded([w.tokens[:-1] for w in group])[0][:, part.start : part.stop]
-    logits = np.asarray(session.step(tokens))
+    tokens, mask = (x[:, part.start : part.stop] for x in padded([w.tokens[:-1] for w in group]))
+    logits = np.asarray(session.step(tokens, mask.astype(bool)))
     _check_shape(logits, tokens)
     return logits
 

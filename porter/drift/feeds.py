@@ -23,8 +23,10 @@ MAX_BYTES = 256 << 20
 class Session(Protocol):
     """A decoder with its cache, as `porter.run.decode.Decode` is one."""
 
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Feed int64 [batch, n] after all that was fed before; logits float32 [batch, n, vocabulary]."""
+    def step(self, tokens: np.ndarray, real: np.ndarray | None = None) -> np.ndarray:
+        """Feed int64 [batch, n] after all that was fed before; logits float32 [batch, n, vocabulary].
+
+        `real`, bool [batch, n]: which tokens are no padding (None: all)."""
         ...
 
 

@@ -11,6 +11,10 @@ import onnx_ir as ir
 
 from porter.context import Feeds
 from porter.decoder import Decoder
+from porter.kv.names import parse
+from porter.kvgraph.body import DOMAIN
+from porter.kvgraph.certified import PREFIX
+from porter.kvgraph.functions import Cached, read_function
 from porter.run.reference import ReferenceRunner
 
 
@@ -80,7 +84,7 @@ class Layer:
 
 
 def find(model: ir.Model, decoder: Decoder) -> list[Layer]:
-    """The Attention nodes that read a cache, in graph order."""
+    """The Attention nodes that read a cache, in graph order; of a certified one, what its codes hold."""
     places = {c.present: (c.layer, c.kind, c.past) for c in decoder.caches}
     moving = _after(v for v in model.graph.inputs if not v.is_initializer())
     found = []
@@ -88,6 +92,8 @@ def find(model: ir.Model, decoder: Decoder) -> list[Layer]:
         if node.op_type == "Attention" and not node.domain and len(node.inputs) >= 3:
             layer = _layer(model, node, places, moving)
             found += [layer] if layer is not None else []
+        elif node.op_type.startswith(PREFIX):
+            found.append(_certified(model, node, places))
     return found
 
 
@@ -104,7 +110,7 @@ def _layer(model: ir.Model, node: ir.Node, places: _Places, moving: set[ir.Value
         return None
     index = places[near.name][0]
     mine = [v for v in model.graph.outputs if v.name in places and places[v.name][0] == index]
-    new = {side: next(filter(None, (_appended(v) for v in mine if places[v.name][1] == side)), None)
+    new = {side: next(filter(None, (_appended(v) for v in mine if _side(places[v.name]) == side)), None)
            for side in ("key", "value")}  # fmt: skip
     if None in new.values():
         return None
@@ -126,6 +132,51 @@ def _layer(model: ir.Model, node: ir.Node, places: _Places, moving: set[ir.Value
         others=[v.name for v in inputs if v.name not in places],
         reader=_reader(model, nodes, inputs, weights, node.inputs[1:3]),
     )
+
+
+def _certified(model: ir.Model, node: ir.Node, places: _Places) -> Layer:
+    """A CertifiedAttention as a Layer: its caches are read by functions made for the purpose."""
+    query, *presents, total = node.inputs[:8]
+    scheme = parse(node.attributes.get_string("scheme"))
+    opset = model.opset_imports[""]
+    functions, reads = [], []
+    for side, buffers in (("key", presents[:3]), ("value", presents[3:])):
+        _, heads, capacity, size = buffers[2].shape  # of the copy
+        functions.append(read_function(Cached(scheme, side, heads, size, capacity), opset))
+        reads.append(ir.node(functions[-1].name, [*buffers, total], domain=DOMAIN))
+        made = reads[-1].outputs[0]
+        made.name, made.type, made.shape = f"read_{side}", ir.TensorType(ir.DataType.FLOAT), buffers[2].shape
+    keys, values = (n.outputs[0] for n in reads)
+    view = ir.GraphView(
+        [*presents, total],
+        [keys, values],
+        nodes=reads,
+        opset_imports=model.graph.opset_imports,
+        name="read",
+    )
+    run = ReferenceRunner(ir.Model(view.clone(), ir_version=model.ir_version, functions=functions)).run
+
+    def read(fed: Feeds) -> tuple[np.ndarray, np.ndarray]:
+        found = run(fed)
+        return found[keys.name], found[values.name]
+
+    return Layer(
+        index=places[presents[0].name][0],
+        query=query.name,
+        key=_appended(presents[0]).name,
+        value=_appended(presents[3]).name,
+        mask=node.inputs[8].name if len(node.inputs) > 8 else "",
+        scale=node.attributes.get_float("scale"),
+        softcap=node.attributes.get_float("softcap"),
+        stored={places[v.name][2]: v.name for v in presents},
+        others=[total.name],
+        reader=read,
+    )
+
+
+def _side(place: tuple[int, str, str]) -> str:
+    """Of what kind a buffer is: there may be others than the one that keeps the cache's own name."""
+    return place[1].split("_")[0]
 
 
 def _has_graph(node: ir.Node) -> bool:

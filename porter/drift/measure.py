@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from porter.run.decode import Decode
 from porter.run.feeds import feeds as step_feeds
 from porter.run.protocol import Runner
 from porter.run.reference import ReferenceRunner
+from porter.run.tally import Tally
 from porter.tokenizer import Tokenizer
 
 Fraction = Callable[[float], None]
@@ -48,7 +49,8 @@ class Runnable:
     """A model that can be run: an ONNX file or a bundle, opened when `runner` is asked for.
 
     `vocabulary` is how many tokens it knows, `size` how many weights it has; `whole`: measured on whole texts
-    at once, not stepping through its cache; `streamed`: so, and a piece of the graph at a time.
+    at once, not stepping through its cache; `streamed`: so, and a piece of the graph at a time. `tally` is
+    that of all its sessions.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Runnable:
     size: int = 0
     whole: bool = False
     streamed: Streamed | None = None
+    tally: Tally = field(default_factory=Tally, compare=False)
 
     @functools.cached_property
     def runner(self) -> Runner:
@@ -113,7 +116,7 @@ class Runnable:
 
     def session(self, batch: int) -> Decode:
         """A decoding session."""
-        return Decode(self.runner, self.decoder, batch)
+        return Decode(self.runner, self.decoder, batch, self.tally)
 
     def encode(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """An encoder's hidden states of tokens and mask, int64 [batch, n]."""

@@ -4,7 +4,7 @@
 Where past and present grow, porter's caches have rows of one length, and so has what the operator sees: all
 total - 1. The operator's own way with shorter rows, to write into a buffer at each row's end, is what
 `kv.static_cache` makes of a growing cache; a model whose past and present share a buffer of fixed size is
-therefore given growing ones.
+therefore given growing ones. Caches of codes stay buffers (`porter.foreign.caches`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from porter.foreign import caches
 from porter.foreign.editor import Editor, Later
 
 
 def _group_query_attention(edit: Editor) -> None:
     q, k, v, past_k, past_v, seqlens, _, cos, sin, places, bias, sink, _, _, q_norm, k_norm = edit.inputs(16)
     _check_gqa(edit, sink, seqlens)
+    static = caches.buffers(edit)
     heads, kv_heads = int(edit.attribute("num_heads")), int(edit.attribute("kv_num_heads"))
     source = q
     if k is None:
@@ -31,26 +33,29 @@ def _group_query_attention(edit: Editor) -> None:
     q = q if q_norm is None else edit.op("RMSNormalization", q, q_norm, axis=-1, epsilon=epsilon)
     k = k if k_norm is None else edit.op("RMSNormalization", k, k_norm, axis=-1, epsilon=epsilon)
     if edit.attribute("do_rotary", 0):
-        rows = places if places is not None else _positions(edit, source, past_k)
+        rows = places
+        if rows is None:
+            rows = static.positions(edit, source) if static else _positions(edit, source, past_k)
         interleaved = int(edit.attribute("rotary_interleaved", 0))
         width = _partial_width(cos, past_k)
         q, k = (_rotated(edit, x, rows, cos, sin, interleaved, width) for x in (q, k))
+    scale, softcap = (float(edit.attribute(name, 0.0)) or None for name in ("scale", "softcap"))
+    if static:
+        y, layer = static.attend(edit, source, [q, k, v], scale=scale, softcap=softcap)
+        edit.replace(_joined(edit, y), layer.key.outputs[0], layer.value.outputs[0])
+        static.store(edit, layer)
+        return
     for cache in (past_k, past_v, *edit.node.outputs[1:3]):
         _grow(edit, cache)
     mask = _window(edit, source, past_k, bias)
-    scale, softcap = float(edit.attribute("scale", 0.0)), float(edit.attribute("softcap", 0.0))
     y, present_k, present_v = edit.op(
         "Attention", q, k, v, mask, past_k, past_v, outputs=3,
-        is_causal=int(edit.attribute("causal", 1)), scale=scale or None, softcap=softcap or None,
+        is_causal=int(edit.attribute("causal", 1)), scale=scale, softcap=softcap,
     )  # fmt: skip
     edit.replace(_joined(edit, y), present_k, present_v)
 
 
 def _check_gqa(edit: Editor, sink: ir.Value | None, seqlens: ir.Value | None) -> None:
-    for name in ("k_quant_type", "v_quant_type"):
-        kind = edit.attribute(name, "NONE")
-        if kind != "NONE":
-            raise edit.refusal(f"a cache of codes ({name}={kind})", "PORT-0267")
     for name in ("smooth_softmax", "sliding_window_cache", "qk_output"):
         if int(edit.attribute(name, 0)) > 0:
             raise edit.refusal(f"{name}={edit.attribute(name)}")

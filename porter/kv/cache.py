@@ -145,7 +145,7 @@ class Cache:
         if not self.scheme.tagged:
             found = [("", side.element, each >= 0, each)]
         else:
-            slots = self.state["slots"][row, start:end]
+            slots = self.state["slots"][row, 0, start:end, 0]
             found = [
                 ("", side.element, slots >= 0, slots[slots >= 0]),
                 ("_more", side.more, slots < 0, ~slots[slots < 0]),
@@ -154,14 +154,16 @@ class Cache:
 
     def _assign(self, row: int, tags: np.ndarray) -> None:
         """Give each new token after the sinks its slot: of those with more bits when its tag wants them and
-        one is free, or when no other is; of the others else. Slots are handed out in the tokens' order."""
+        one is free, or when no other is; of the others else. Slots are handed out in the tokens' order. What
+        is no tag wants no more bits."""
         start, (usual, more) = int(self.lengths[row]), pools(self.scheme, self.capacity)
         for token in range(max(start, self.scheme.sink), start + len(tags)):
-            slots = self.state["slots"][row, : token - self.scheme.sink]
-            high, low = int((slots < 0).sum()), int((slots >= 0).sum())
-            wants = bool(self.constants.more[tags[token - start]])
+            slots, place = self.state["slots"][row, 0, :, 0], token - self.scheme.sink
+            high = int((slots[:place] < 0).sum())
+            low, tag = place - high, int(tags[token - start])
+            wants = 0 <= tag < len(self.constants.more) and bool(self.constants.more[tag])
             up = high < more and (wants or low >= usual)
-            self.state["slots"][row, token - self.scheme.sink] = ~high if up else low
+            slots[place] = ~high if up else low
 
     def stored(self, name: str, row: int) -> np.ndarray:
         """All tokens of a row as they are held, turned and normalized, float32 [H,length,D]."""

@@ -44,13 +44,19 @@ class Constants:
                 raise PassError("PORT-0272", what, hint="give calibration feeds")
 
 
-def calibrated(scheme: Scheme, keys: np.ndarray, values: np.ndarray, pairs: str = "") -> Constants:
+def calibrated(
+    scheme: Scheme,
+    keys: np.ndarray,
+    values: np.ndarray,
+    pairs: np.ndarray | None = None,
+    shared: bool = False,
+) -> Constants:
     """The constants of a layer from sample keys and values, float32 [H,T,D] (all but `more`).
 
-    `pairs`: how the rotary embedding pairs channels: `halves` (c and c + D/2), `neighbours` (2c and 2c + 1),
-    or "" for a normalizer that differs within a pair, which then does not fold into weights before it.
+    `pairs`, `shared`: what has to be alike in a normalizer that folds into weights before it, as `normalizer`
+    takes them.
     """
-    norm = normalizer(keys, pairs) if scheme.normalize else None
+    norm = normalizer(keys, pairs, shared) if scheme.normalize else None
     keys = keys if norm is None else keys / norm[:, None]
     first = {name: _first(side, x) for name, side, x in _sides(scheme, keys, values)}
     step = {}
@@ -60,15 +66,17 @@ def calibrated(scheme: Scheme, keys: np.ndarray, values: np.ndarray, pairs: str 
     return Constants(step["key"], step["value"], norm, first["key"], first["value"])
 
 
-def normalizer(keys: np.ndarray, pairs: str = "") -> np.ndarray:
-    """InnerQ's sqrt(max over tokens |K_c|), float32 [H,D]; the larger of a rotary pair for both; 1 for a
-    channel that is always 0 (2602.23200)."""
+def normalizer(keys: np.ndarray, pairs: np.ndarray | None = None, shared: bool = False) -> np.ndarray:
+    """InnerQ's sqrt(max over tokens |K_c|), float32 [H,D]; 1 for a channel that is always 0 (2602.23200).
+
+    `pairs`: int [D], the channel that each one is rotated with (itself where it is not): the larger of both
+    holds for both. `shared`: the largest of the heads holds for all.
+    """
     peak = np.abs(keys).max(axis=1)
-    if pairs:
-        shape = (len(peak), 2, -1) if pairs == "halves" else (len(peak), -1, 2)
-        both = peak.reshape(shape)
-        axis = 1 if pairs == "halves" else 2
-        peak = np.broadcast_to(both.max(axis=axis, keepdims=True), both.shape).reshape(peak.shape)
+    if shared:
+        peak = np.broadcast_to(peak.max(axis=0), peak.shape)
+    if pairs is not None:
+        peak = np.maximum(peak, peak[:, pairs])
     return np.where(peak > 0, np.sqrt(peak), 1).astype(np.float32)
 
 

@@ -17,8 +17,8 @@ then a ring of the newest, in which token t has slot sink + (t - sink) mod ring.
     key_copy     [B,H,C,D]         the exact copy
 
 Tokens with more bits have `key_more_codes`, `_scale` and `_min` of their own, floor(share * Q) tokens of
-them, and the others the rest of Q; `slots`, int32 [B, C - sink], says where each token after the sinks is: at
-s >= 0 of the others, or at ~s of those with more.
+them, and the others the rest of Q; `slots`, int32 [B,1,C-sink,1], says where each token after the sinks is:
+at s >= 0 of the others, or at ~s of those with more. Layers agree on it, so that a model has one.
 
 Constants are no part of the cache: static scales, normalizers and rotations belong to the model.
 """
@@ -26,6 +26,7 @@ Constants are no part of the cache: static scales, normalizers and rotations bel
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -34,6 +35,9 @@ import numpy as np
 from porter.formats.format import SCALES
 from porter.formats.wide import WIDE
 from porter.kv.scheme import Scheme, Side
+
+SLOTS = "slots"
+Sizes = tuple[int, int, int]  # of a layer: KV heads, head size of keys, head size of values
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,20 @@ def buffers(scheme: Scheme, head_size: int, heads: int, capacity: int, batch: in
         for suffix, tokens_and_width, dtype in _side(scheme, side, head_size, capacity):
             found.append(Buffer(name + suffix, (batch, heads, *tokens_and_width), np.dtype(dtype)))
     if scheme.tagged:
-        found.append(Buffer("slots", (batch, max(0, capacity - scheme.sink)), np.dtype(np.int32)))
+        found.append(Buffer(SLOTS, (batch, 1, max(0, capacity - scheme.sink), 1), np.dtype(np.int32)))
     return [b for b in found if b.nbytes]
+
+
+def model_bytes(scheme: Scheme, layers: Sequence[Sizes], capacity: int) -> int:
+    """Bytes of the caches of a model's layers, in order, one row: `slots` once."""
+    total = slots = 0
+    for i, (heads, key, value) in enumerate(layers):
+        mine = scheme.layer(i, len(layers))
+        for name, size in (("key", key), ("value", value)):
+            planned = buffers(mine, size, heads, capacity)
+            total += sum(b.nbytes for b in planned if b.name.split("_")[0] == name)
+            slots = max(slots, sum(b.nbytes for b in planned if b.name == SLOTS))
+    return total + slots
 
 
 def bytes_of(scheme: Scheme, head_size: int, heads: int, capacity: int, batch: int = 1) -> int:
@@ -73,10 +89,12 @@ def bits_per_value(
 ) -> float:
     """Bits per cached number over all layers, scales, windows, kept layers and padding included; `copy`: the
     exact copy too, which is held but only read where the bound fails."""
-    total = 0
+    total = slots = 0
     for i in range(layers):
         planned = buffers(scheme.layer(i, layers), head_size, heads, capacity)
-        total += sum(b.nbytes for b in planned if copy or not b.name.endswith("_copy"))
+        slots = max(slots, sum(b.nbytes for b in planned if b.name == SLOTS))
+        total += sum(b.nbytes for b in planned if b.name != SLOTS and (copy or not b.name.endswith("_copy")))
+    total += slots
     return 8 * total / (2 * layers * heads * capacity * head_size)
 
 

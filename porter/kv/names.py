@@ -38,7 +38,7 @@ PRESETS = {
     "turboquant3": "key=lloyd3-fp16-rotate value=lloyd3-fp16-rotate",
     "turboquant3.5": "key=lloyd3-fp16-rotate-mixed value=lloyd3-fp16-rotate-mixed",
     "turboquant2.5": "key=lloyd2-fp16-rotate-mixed value=lloyd2-fp16-rotate-mixed",
-    "certified": "key=int8 value=int4-g32 copy=fp32",
+    "certified": "key=int8 value=int4-g32 copy=fp32 tolerance=0.5",
     "triaxial": "key=uint2+uint4-g32-fp16 value=uint2+uint4-g32-fp16 share=0.25 recent=128",
 }
 """The text of every scheme that has a name."""
@@ -63,8 +63,9 @@ def text_of(scheme: Scheme) -> str:
     words += [f"{name}={n}" for name in _COUNTS if (n := getattr(scheme, name.replace("-", "_")))]
     words += [f"high={scheme.high}"] if scheme.high != "fp16" else []
     words += ["normalize"] if scheme.normalize else []
-    words += [f"share={scheme.share!r}"] if scheme.share else []
+    words += [f"{name}={n!r}" for name in ("share", "bits") if (n := getattr(scheme, name))]
     words += [f"copy={scheme.copy}"] if scheme.copy else []
+    words += [f"tolerance={scheme.tolerance!r}"] if scheme.tolerance else []
     return " ".join(words)
 
 
@@ -103,7 +104,7 @@ def _word(fields: dict[str, object], name: str, value: str | None) -> None:
     fields[name] = _given(value)
 
 
-def _share(fields: dict[str, object], name: str, value: str | None) -> None:
+def _number(fields: dict[str, object], name: str, value: str | None) -> None:
     fields[name] = float(value or "")
 
 
@@ -152,7 +153,9 @@ _OPTIONS: dict[str, Callable[[dict[str, object], str, str | None], None]] = {
     **dict.fromkeys(_COUNTS, _count),
     "high": _word,
     "copy": _word,
-    "share": _share,
+    "share": _number,
+    "bits": _number,
+    "tolerance": _number,
     "normalize": _flag,
     "rotate": _rotate,
     "scales": _both(lambda side, value: replace(side, scale=value) if side.coded else side),

@@ -98,7 +98,8 @@ class Side:
             (self.static not in ("", *STATIC), f"static scales are for one of {', '.join(STATIC)}"),
             (bool(self.static) and (self.element not in (*SYMMETRIC, "e4m3fn") or bool(self.group)),
              "static scales are for int or e4m3fn elements without groups"),
-            (self.hybrid and self.element not in SYMMETRIC[1:], "hybrid groups are of int4, int3 or int2"),
+            (self.hybrid and not {self.element, self.more or "int4"} <= {*SYMMETRIC[1:]},
+             "hybrid groups are of int4, int3 or int2"),
             (self.hybrid and bool(self.static), "hybrid groups have no static scales"),
             (book and not (plain and self.rotate), "a codebook is for whole rotated tokens"),
             (self.mixed and self.element not in CODEBOOK[1:], "mixed rates are of lloyd3, lloyd2 or lloyd1"),
@@ -150,10 +151,12 @@ class Scheme:
 
     `recent` newest and `sink` first tokens of each row stay in `high` precision; so do the first `keep_first`
     and last `keep_last` layers. `normalize`: keys are divided by a constant of each channel, and queries
-    multiplied by it. `share`: the share of tokens that may have `more` bits. `copy`: the type of an exact
-    copy beside the codes, from which a step is computed whose error bound is too large, or "". The bound
-    (`porter.kv.bounds`) is for symmetric integers in groups along channels with fp32 steps: appending a token
-    touches that token alone, and nothing is ever clipped.
+    multiplied by it. `share`: the share of tokens that may have `more` bits; where `bits` is above 0, as many
+    as a budget of so many bits per cached number allows, which is found for a model
+    (`porter.kv.triaxial.within`). `copy`: the type of an exact copy beside the codes, from which a head's
+    step is computed again whose error may be more than `tolerance` times the norm of its output, or "". The
+    bound (`porter.kv.bounds`) is for symmetric integers in groups along channels with fp32 steps: appending a
+    token touches that token alone, and nothing is ever clipped.
     Raises PassError PORT-0271.
     """
 
@@ -166,7 +169,9 @@ class Scheme:
     keep_first: int = 0
     keep_last: int = 0
     share: float = 0.0
+    bits: float = 0.0
     copy: str = ""
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         counts = (self.recent, self.sink, self.keep_first, self.keep_last)
@@ -175,11 +180,15 @@ class Scheme:
             (self.high not in KEPT or self.copy not in ("", *KEPT), f"high and copy are {', '.join(KEPT)}"),
             (not 0 <= self.share <= 1, "share is between 0 and 1"),
             (bool(self.key.more) != bool(self.value.more), "both sides give tokens more bits, or neither"),
-            (self.share > 0 and not self.key.more, "share is for tokens with more bits"),
+            (max(self.share, self.bits) > 0 and not self.key.more,
+             "share and bits are for tokens with more bits"),
+            (not 0 <= self.bits <= 32, "a budget is between 0 and 32 bits"),
             (bool(self.copy) and not (self.key.bounded and self.value.bounded),
              "an exact copy is for symmetric integers along channels with fp32 steps that are not static"),
             (bool(self.copy) and self.recent + self.sink > 0,
              "there are no windows beside an exact copy"),
+            (not 0 <= self.tolerance <= 1e6, "tolerance is between 0 and 1e6"),
+            (self.tolerance > 0 and not self.copy, "tolerance is for a scheme with an exact copy"),
         ]  # fmt: skip
         for wrong, what in faults:
             if wrong:

@@ -9,7 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 DOMAIN = "porter"
 FLOAT, DOUBLE, HALF = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16
-INT8, UINT8, INT64 = TensorProto.INT8, TensorProto.UINT8, TensorProto.INT64
+INT8, UINT8 = TensorProto.INT8, TensorProto.UINT8
+INT32, INT64 = TensorProto.INT32, TensorProto.INT64
 FP8, BOOL = TensorProto.FLOAT8E4M3FN, TensorProto.BOOL
 
 

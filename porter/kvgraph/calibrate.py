@@ -7,6 +7,7 @@ first, into empty caches of the new form.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -17,35 +18,53 @@ from porter.context import Feeds
 from porter.errors import OptionError
 from porter.kv.constants import Constants, calibrated
 from porter.kv.scheme import Scheme, Side
+from porter.kvgraph.folding import Fold
 from porter.kvgraph.graph import Layer
+from porter.kvgraph.sensitivity import Tagged, tags_of
 from porter.run.feeds import feeds as step
 
 TOKENS = 1 << 14  # of the feeds, the first so many: their keys and values are held a layer at a time
 
 
 def wanted(scheme: Scheme) -> bool:
-    """Whether there are constants to find: static steps, a normalizer, channels that come first."""
+    """Whether there are constants to find: static steps, a normalizer, channels that come first, tags."""
+    return scheme.tagged or _measured(scheme)
+
+
+def _measured(scheme: Scheme) -> bool:
     return scheme.normalize or any(_static(side) for side in (scheme.key, scheme.value))
 
 
 def constants(
-    model: ir.Model, layers: Sequence[Layer], schemes: Sequence[Scheme], feeds: Sequence[Feeds]
+    model: ir.Model,
+    layers: Sequence[Layer],
+    schemes: Sequence[Scheme],
+    folds: Sequence[Fold | None],
+    feeds: Sequence[Feeds],
 ) -> list[Constants]:
-    """Those of each layer; empty where its scheme wants none, or goes without since there are no feeds.
+    """Those of each layer, with normalizers that its fold can take; empty where its scheme wants none, or
+    goes without since there are no feeds.
 
     Raises PassError PORT-0272 when a scheme cannot do without, OptionError PORT-0293 for feeds without the
     model's tokens.
     """
     found = [Constants() for _ in layers]
     if feeds and any(map(wanted, schemes)):
-        sweep = Sweep(model, list(_adapted(model, feeds)))
-        for i, (layer, scheme) in enumerate(zip(layers, schemes, strict=True)):
+        adapted = list(_adapted(model, feeds))
+        tagged = Tagged([tags_of(model, given, fed) for given, fed in zip(feeds, adapted, strict=False)])
+        sweep = Sweep(model, adapted)
+        for i, (layer, scheme, fold) in enumerate(zip(layers, schemes, folds, strict=True)):
             if wanted(scheme):
-                keys, values = (
-                    np.concatenate([_tokens(a) for a in sweep.advance(layer.scatter(side).inputs[1])], axis=1)
-                    for side in ("key", "value")
-                )
-                found[i] = calibrated(scheme, keys, values)
+                arrays = [list(sweep.advance(layer.scatter(side).inputs[1])) for side in ("key", "value")]
+                if _measured(scheme):
+                    joined = (np.concatenate([_tokens(a) for a in each], axis=1) for each in arrays)
+                    alike = (fold.pairs, fold.shared) if fold else ()
+                    found[i] = calibrated(scheme, *joined, *alike)
+                if scheme.tagged:
+                    queries = sweep.advance(layer.attention.inputs[0])
+                    tagged.add(layer.attention, scheme, found[i], *arrays, list(queries))
+        more = tagged.chosen(layers[0].key.inputs[0].shape[2])
+        found = [replace(c, more=more) if s.tagged else c for c, s in zip(found, schemes, strict=True)]
     for scheme, made in zip(schemes, found, strict=True):
         made.check(scheme)
     return found

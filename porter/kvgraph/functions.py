@@ -1,10 +1,11 @@
 """AppendCache and ReadCache: model-local functions that write and read one side of a scheme's buffers.
 
-- `AppendCache_…{scheme, side}(buffers…, new float32 [B,H,S,D], past_lengths int64 [B][, step]) -> buffers…`
-- `ReadCache_…{scheme, side}(buffers…, total_lengths int64 [B][, step]) -> float32 [B,H,C,D]`
+- `AppendCache_…{scheme, side}(buffers…, new float32 [B,H,S,D], past_lengths int64 [B][, beside]) -> buffers…`
+- `ReadCache_…{scheme, side}(buffers…, total_lengths int64 [B][, beside]) -> float32 [B,H,C,D]`
 
-`buffers` are those of `porter.kv.layout`, in its order, e4m3fn codes as bytes (uint8); `step`, float32
-[1 or H, 1, 1 or D], is there for static steps. All S tokens of each row are real ones. What comes out equals
+`buffers` are those of `porter.kv.layout`, in its order, e4m3fn codes as bytes (uint8); `beside` is the step
+of static steps, float32 [1 or H, 1, 1 or D], or the slots of a tagged scheme with those of the new tokens
+(`porter.kvgraph.tagged`). All S tokens of each row are real ones. What comes out equals
 `porter.kv.cache.Cache.state` byte for byte; tokens are read in their own order, and what lies past the total
 length is finite.
 
@@ -27,7 +28,7 @@ from porter.kv import layout
 from porter.kv.layout import Buffer
 from porter.kv.names import text_of
 from porter.kv.scheme import Scheme, Side
-from porter.kvgraph import body
+from porter.kvgraph import body, tagged
 from porter.kvgraph.body import Body
 from porter.kvgraph.rounding import Parts, Rounding
 
@@ -51,7 +52,6 @@ class Cached:
         wide = [self.scheme.high] if self.scheme.windowed(self.side) else []
         wide += [self.scheme.copy] if self.scheme.copy else []
         for wrong, what in (
-            (self.scheme.tagged, "tokens with more bits by their tags are not available in a graph"),
             ("bf16" in wide, "ONNX Runtime takes no bf16 tensors, so windows and copies are fp16 or fp32"),
         ):
             if wrong:
@@ -69,6 +69,11 @@ class Cached:
         mine = [b for b in planned if b.name.startswith(f"{self.name}_")]
         bytes_ = {np.dtype(layout.code_type("e4m3fn")): np.dtype(np.uint8)}
         return [Buffer(b.name.removeprefix(self.name), b.shape, bytes_.get(b.dtype, b.dtype)) for b in mine]
+
+    @property
+    def beside(self) -> list[str]:
+        """What the functions take besides: static steps, or slots."""
+        return ["step"] if self.side.static else ["slots"] if self.scheme.tagged else []
 
     @property
     def rounded(self) -> int:
@@ -95,12 +100,11 @@ class Cached:
 def append_function(cached: Cached, opset: int) -> ir.Function:
     """The function that adds S tokens to each row."""
     b, named = Body(), [f"past{b.name}" for b in cached.buffers]
-    step = ["step"] if cached.side.static else []
     past = {buffer.name[1:]: name for buffer, name in zip(cached.buffers, named, strict=True)}
-    present = _Append(b, cached, past, *step).outputs()
+    present = _Append(b, cached, past, *cached.beside).outputs()
     return b.function(
         cached.function_name(APPEND),
-        [*named, "new", "past_lengths", *step],
+        [*named, "new", "past_lengths", *cached.beside],
         {f"present_{name}": present[name] for name in past},
         list(cached.attributes),
         opset,
@@ -110,10 +114,9 @@ def append_function(cached: Cached, opset: int) -> ir.Function:
 def read_function(cached: Cached, opset: int) -> ir.Function:
     """The function that answers all tokens as floats."""
     b, named = Body(), [f"present{b.name}" for b in cached.buffers]
-    step = ["step"] if cached.side.static else []
     parts = {buffer.name[1:]: name for buffer, name in zip(cached.buffers, named, strict=True)}
-    tokens = _read(b, cached, parts, *step)
-    inputs = [*named, "total_lengths", *step]
+    tokens = _read(b, cached, parts, *cached.beside)
+    inputs = [*named, "total_lengths", *cached.beside]
     return b.function(cached.function_name(READ), inputs, {"tokens": tokens}, list(cached.attributes), opset)
 
 
@@ -148,9 +151,9 @@ def _rows(b: Body, x: str, index: str, last: str) -> str:
 class _Append:
     """The nodes of one AppendCache: the batched form of `porter.kv.cache.Cache._append`."""
 
-    def __init__(self, b: Body, cached: Cached, past: Parts, step: str = "") -> None:
+    def __init__(self, b: Body, cached: Cached, past: Parts, beside: str = "") -> None:
         self.b, self.cached, self.scheme, self.past = b, cached, cached.scheme, past
-        self.rounding = Rounding(b, cached.side, cached.size, step)
+        self.rounding = Rounding(b, cached.side, cached.size, beside if cached.side.static else "")
         self.start = "past_lengths"
         self.count = b.size("new", 2)
         self.end = b.op("Add", self.start, self.count)
@@ -162,6 +165,8 @@ class _Append:
             copied = self._narrow(new, self.scheme.copy)
             present["copy"] = b.op("TensorScatter", self.past["copy"], copied, self.start, axis=2)
             new = b.cast(copied, body.FLOAT)
+        if self.scheme.tagged and not self.cached.window:
+            return present | self._codes(new)
         if not self.cached.window:
             parts = self.rounding.encode(new)
             return present | {
@@ -198,12 +203,23 @@ class _Append:
         """Codes of the tokens whose group is complete and old enough now."""
         b, flush = self.b, self.cached.side.flush
         done, ready = (_column(b, _rounded(b, self.cached, n)) for n in (self.start, self.end))
+        if self.scheme.tagged:
+            return self._tagged(new, done, ready)
         parts = self.rounding.encode(self._waiting(new, done))
         groups = {"codes": 1, "scale": flush, "min": flush}
         return {
             name: self._placed(name, part, *self._in_groups((done, ready), groups.get(name, 1)))
             for name, part in parts.items()
         }
+
+    def _tagged(self, new: str, done: str, ready: str) -> Parts:
+        """The same for tokens that have slots, each a group of its own."""
+        b, scheme = self.b, self.scheme
+        places = b.op("Add", done, b.op("Unsqueeze", b.counted(self.count), b.ints(0)))
+        slots = tagged.slots_at(b, places, self.cached.capacity - scheme.sink)
+        held = tagged.pools(scheme, self.cached.name, self.cached.capacity)
+        real = b.op("Less", places, ready)
+        return tagged.write(b, held, self.cached.size, self.past, self._waiting(new, done), slots, real)
 
     def _waiting(self, new: str, done: str) -> str:
         """The tokens from `done` int64 [B,1] on, whole groups for at least S of them, from the window and the
@@ -245,12 +261,17 @@ class _Append:
         return self.b.op("Sub", self.count, self.b.integer(1))
 
 
-def _read(b: Body, cached: Cached, parts: Parts, step: str = "") -> str:
+def _read(b: Body, cached: Cached, parts: Parts, beside: str = "") -> str:
     """All tokens of the buffers: sinks, codes, then what is in the ring."""
     scheme, side, capacity = cached.scheme, cached.side, cached.capacity
     if not cached.rounded:
         return b.cast(parts["window"], body.FLOAT)  # which holds them all, each in its own place
-    codes = Rounding(b, side, cached.size, step).decode(parts)
+    if scheme.tagged:
+        held = tagged.pools(scheme, cached.name, capacity)
+        floats, place, last = tagged.read(b, held, cached.size, parts)
+        codes = _rows(b, floats, place, last)
+    else:
+        codes = Rounding(b, side, cached.size, beside).decode(parts)
     if not cached.window:
         return codes
     sink, ring = scheme.sink, scheme.ring(side)

@@ -15,6 +15,7 @@ DONE = "porter.kv"  # the metadata entry of a model whose cache was rewritten: i
 CAPACITY = "porter.kv.capacity"
 BYTES = "porter.kv.bytes"  # of a batch of 1
 BITS = "porter.kv.bits"  # per cached number
+READ = "porter.kv.read"  # those that are read where the exact copy is not
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,11 @@ def check_names(graph: ir.Graph, names: list[str]) -> None:
 
 
 def constant(graph: ir.Graph, role: str, array: np.ndarray) -> ir.Value:
-    """An initializer `cache.role.…`, one for all that ask for the same contents."""
+    """An initializer `cache.role.…`, one for all that ask for the same contents in the same shape."""
     name = f"cache.{role}.{hashlib.sha256(array.tobytes()).hexdigest()[:8]}"
+    held = graph.initializers.get(name)
+    if held is not None and tuple(held.const_value.shape.numpy()) != array.shape:
+        name += "." + "x".join(map(str, array.shape))
     if name not in graph.initializers:
         tensor = ir.tensor(np.ascontiguousarray(array), name=name)
         kind = ir.TensorType(tensor.dtype)

@@ -1,15 +1,20 @@
-"""One side of a layer's cache in another form: other floats, plain ONNX, or a scheme's two functions."""
+"""A layer's cache in another form: each side as other floats, in plain ONNX, or behind a scheme's two
+functions; both sides, where there is an exact copy, behind functions that append and one that attends."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
+from porter.decoder import BOUND, EXACT, place
 from porter.errors import PassError
 from porter.kv.constants import Constants
 from porter.kv.scheme import Scheme, Side
 from porter.kvgraph import plain
 from porter.kvgraph.body import DOMAIN
+from porter.kvgraph.certified import Certified, certified_function
 from porter.kvgraph.functions import APPEND, READ, Cached, append_function, read_function
 from porter.kvgraph.graph import Before, Layer, cast, check_names, constant
 
@@ -25,18 +30,27 @@ def check(layer: Layer, name: str, scheme: Scheme) -> None:
         what = "ONNX Runtime takes no bf16 tensors, so what is kept is fp16 or fp32"
         raise PassError("PORT-0274", what, where=past.name, hint="take high=fp16")
     if scheme.copy:
-        what = (
-            "a bound on each step's error, and computing it again from a copy, are not available in a graph"
-        )
-        raise PassError("PORT-0274", what, where=past.name, hint="take int8, or key=int8 value=int4-g32")
+        _check_attention(layer.attention)
     if side.coded:
         buffers = _cached(scatter, name, scheme).buffers
         beside = [b.name for b in buffers if b.name != "_codes"]
         check_names(scatter.graph, [v.name + suffix for v in (past, present) for suffix in beside])
 
 
-def store(model: ir.Model, layer: Layer, name: str, scheme: Scheme, constants: Constants) -> bool:
-    """Rewrite one side, `key` or `value`, after `check`; whether anything changed."""
+def store(
+    model: ir.Model, layer: Layer, scheme: Scheme, constants: Constants, slots: ir.Value | None = None
+) -> int:
+    """Rewrite both sides after `check`; how many changed. `slots` are those of a tagged scheme."""
+    if scheme.copy:
+        _certify(model, layer, scheme)
+        return 2
+    return sum(_store(model, layer, side, scheme, constants, slots) for side in ("key", "value"))
+
+
+def _store(
+    model: ir.Model, layer: Layer, name: str, scheme: Scheme, constants: Constants, slots: ir.Value | None
+) -> bool:
+    """One side, `key` or `value`; whether anything changed."""
     side, scatter = scheme.side(name), layer.scatter(name)
     if not side.coded:
         return _keep(layer, scatter, side)
@@ -44,7 +58,8 @@ def store(model: ir.Model, layer: Layer, name: str, scheme: Scheme, constants: C
         plain.rewrite(model, scatter, side.element)
     else:
         step = {"key": constants.key_step, "value": constants.value_step}[name]
-        _call(model, layer, name, scheme, step)
+        steps = [] if step is None else [constant(model.graph, "step", step.astype(np.float32))]
+        _call(model, layer, name, scheme, [slots] if scheme.tagged else steps)
     return True
 
 
@@ -67,53 +82,101 @@ def _keep(layer: Layer, scatter: ir.Node, side: Side) -> bool:
     return True
 
 
-def _call(model: ir.Model, layer: Layer, name: str, scheme: Scheme, step: np.ndarray | None) -> None:
+def _call(model: ir.Model, layer: Layer, name: str, scheme: Scheme, beside: list[ir.Value]) -> None:
     """AppendCache in place of the TensorScatter, ReadCache before the Attention."""
-    graph, scatter = model.graph, layer.scatter(name)
-    past, new, lengths = scatter.inputs
-    present, dtype = scatter.outputs[0], past.dtype
-    cached = _cached(scatter, name, scheme)
+    scatter = layer.scatter(name)
+    past, cached = scatter.inputs[0], _cached(scatter, name, scheme)
+    presents = _append(model, scatter, cached, beside)
+    _add_function(model, cached.function_name(READ), lambda opset: read_function(cached, opset))
+    read = Before(layer.attention, presents[0].name)
+    tokens = read.op(
+        cached.function_name(READ),
+        [*presents, layer.valid, *beside],
+        "read",
+        ir.DataType.FLOAT,
+        past.shape,
+        domain=DOMAIN,
+        **cached.attributes,
+    )
+    index = 1 + (name == "value")
+    layer.attention.replace_input_with(index, cast(read, tokens, past.dtype, "narrow"))
+    model.graph.remove(scatter, safe=True)
+
+
+def _append(model: ir.Model, scatter: ir.Node, cached: Cached, beside: list[ir.Value]) -> list[ir.Value]:
+    """AppendCache beside the TensorScatter, whose input and output of the model it takes: the buffers."""
+    graph, (past, new, lengths), present = model.graph, scatter.inputs, scatter.outputs[0]
+    _add_function(model, cached.function_name(APPEND), lambda opset: append_function(cached, opset))
     pasts = _buffers(past, cached)
-    opset = model.opset_imports[""]
-    for prefix, make in ((APPEND, append_function), (READ, read_function)):
-        if (DOMAIN, cached.function_name(prefix), "") not in model.functions:
-            function = make(cached, opset)
-            model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = 1
-    before = Before(scatter, present.name)
-    steps = [] if step is None else [constant(graph, "step", step.astype(np.float32))]
-    wide = cast(before, new, ir.DataType.FLOAT, "float")
+    wide = cast(Before(scatter, present.name), new, ir.DataType.FLOAT, "float")
     append = ir.node(
         cached.function_name(APPEND),
-        [*pasts, wide, lengths, *steps],
+        [*pasts, wide, lengths, *beside],
         cached.attributes,
         domain=DOMAIN,
         num_outputs=len(pasts),
     )
     graph.insert_before(scatter, append)
-    presents = list(append.outputs)
-    names = _names(present, cached)
+    presents, names = list(append.outputs), _names(present, cached)
     at = list(graph.outputs).index(present)
     graph.outputs[at : at + 1] = presents
     _replace_input(graph, past, pasts)
-    shape = past.shape
-    read = Before(layer.attention, present.name)
-    present_name, present.name = present.name, None
+    present.name = None
     for value, like, label in zip(presents, pasts, names, strict=True):
         value.name, value.type, value.shape = label, like.type, like.shape
-    read.name = present_name
-    tokens = read.op(
-        cached.function_name(READ),
-        [*presents, layer.valid, *steps],
-        "read",
-        ir.DataType.FLOAT,
-        shape,
-        domain=DOMAIN,
-        **cached.attributes,
+    return presents
+
+
+def _add_function(model: ir.Model, name: str, make: Callable[[int], ir.Function]) -> None:
+    """The function of that name, made for the model's opset, where the model has it not."""
+    model.opset_imports[DOMAIN] = 1
+    if (DOMAIN, name, "") not in model.functions:
+        function = make(model.opset_imports[""])
+        model.functions[function.identifier()] = function
+
+
+def _check_attention(node: ir.Node) -> None:
+    """Raise PassError PORT-0275 for an Attention that has no bound: more is asked of it than the output, or
+    something is added to its logits."""
+    check_names(node.graph, [v.name for v in node.graph.outputs if v.name.startswith((BOUND, EXACT))])
+    mask = node.inputs[3]
+    added = mask is not None and mask.dtype != ir.DataType.BOOL
+    more = any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
+    if added or more:
+        what = f"there is no bound for an Attention {'with a mask of floats' if added else 'of more outputs'}"
+        raise PassError("PORT-0275", what, where=node.name or node.outputs[0].name, hint="take int8")
+
+
+def _certify(model: ir.Model, layer: Layer, scheme: Scheme) -> None:
+    """AppendCache in place of both TensorScatters, CertifiedAttention in place of the Attention."""
+    graph, node = model.graph, layer.attention
+    sides = [_cached(layer.scatter(s), s, scheme) for s in ("key", "value")]
+    query, mask, y = node.inputs[0], node.inputs[3], node.outputs[0]
+    number = place(layer.key.outputs[0].name)[0]
+    certified = Certified(
+        *sides,
+        scale=node.attributes.get_float("scale", 0.0) or sides[0].size ** -0.5,
+        softcap=node.attributes.get_float("softcap", 0.0),
+        causal=bool(node.attributes.get_int("is_causal", 0)),
+        mask=mask is not None,
     )
-    index = 1 + (name == "value")
-    layer.attention.replace_input_with(index, cast(read, tokens, dtype, "narrow"))
-    graph.remove(scatter, safe=True)
+    presents = [v for c in sides for v in _append(model, layer.scatter(c.name), c, [])]
+    _add_function(model, certified.name, lambda opset: certified_function(certified, opset))
+    wide = cast(Before(node, y.name), query, ir.DataType.FLOAT, "query")
+    given = [wide, *presents, layer.valid, *([mask] if certified.mask else [])]
+    made = ir.node(certified.name, given, certified.attributes, domain=DOMAIN, num_outputs=3)
+    graph.insert_before(node, made)
+    held, bound, exact = made.outputs
+    held.name, held.type, held.shape = f"{y.name}.held", ir.TensorType(ir.DataType.FLOAT), y.shape
+    rows = None if query.shape is None else ir.Shape(list(query.shape)[:3])
+    for value, name, kind in ((bound, BOUND, ir.DataType.FLOAT), (exact, EXACT, ir.DataType.BOOL)):
+        value.name, value.type, value.shape = f"{name}.{number}", ir.TensorType(kind), rows
+    graph.outputs.extend([bound, exact])
+    narrow = cast(Before(node, y.name), held, y.dtype, "narrow")
+    name, y.name = y.name, None
+    ir.convenience.replace_all_uses_with(y, narrow, replace_graph_outputs=True)
+    narrow.name = name
+    graph.remove([node, layer.key, layer.value], safe=True)
 
 
 def _names(value: ir.Value, cached: Cached) -> list[str]:

@@ -6,7 +6,8 @@
 
 since (Rk (q n)) . (Rk (k / n)) = q . k, and the output is a sum of the values with weights that stay. Where
 both are wanted the normalizer is in the matrix. Vectors are rows here; of a matrix for each KV head, query
-heads take that of the KV head that they read.
+heads take that of the KV head that they read. A normalizer that folds into the constants before (see
+`porter.kvgraph.folding`) leaves no node.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ import onnx_ir as ir
 from porter.errors import PassError
 from porter.kv.constants import Constants, matrix
 from porter.kv.scheme import Scheme
+from porter.kvgraph.folding import Fold
 from porter.kvgraph.graph import Before, Layer, constant
 
 
-def turn(layer: Layer, scheme: Scheme, constants: Constants) -> None:
-    """Put the nodes around one layer, for the sides of `scheme` that want them. Raises PassError PORT-0264
-    when the number of query heads is not known and differs within a matrix."""
+def turn(layer: Layer, scheme: Scheme, constants: Constants, fold: Fold | None) -> None:
+    """Put the nodes around one layer, for the sides of `scheme` that want them; a normalizer goes where
+    `fold` says. Raises PassError PORT-0264 when the number of query heads is not known and differs within a
+    matrix."""
     size, value_size = (layer.scatter(s).inputs[0].shape[3] for s in ("key", "value"))
     normalizer = constants.normalizer if scheme.normalize else None
+    if fold is not None and normalizer is not None:
+        fold.apply(normalizer)
+        normalizer = None
     rotation = matrix(scheme.key, size, constants.key_first) if scheme.key.rotate else None
     if rotation is not None or normalizer is not None:
         _turn_input(layer.key, 1, rotation, None if normalizer is None else 1 / normalizer.astype(np.float64))

@@ -22,7 +22,12 @@ OPERATORS: frozenset[str] = frozenset(
 )
 
 # Functions of a body each, by what their names begin with.
-PREFIXES: tuple[str, ...] = ("porter.AppendCache_", "porter.ReadCache_")
+PREFIXES: tuple[str, ...] = (
+    "porter.AppendCache_",
+    "porter.AssignSlots_",
+    "porter.CertifiedAttention_",
+    "porter.ReadCache_",
+)
 
 # As onnx_ir.DataType spells them.
 TYPES: frozenset[str] = frozenset(

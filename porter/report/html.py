@@ -29,6 +29,7 @@ def to_html(report: DriftReport) -> str:
             evidence=words.evidence(report),
             calibrated=words.calibrated(report),
             kept=words.kept(report),
+            recomputed=words.recomputed(report.recomputed),
             chart=chart(report.context),
             decoded=any(row.get("phase") == "decode" for row in report.context),
             lengths=words.by_length(report),

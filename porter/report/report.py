@@ -18,6 +18,7 @@ from porter.drift.measures import Drift, number
 if TYPE_CHECKING:
     from porter.drift.attention import Head
     from porter.drift.compare import Comparison
+    from porter.run.tally import Tally
     from porter.weights.select import Kept
 
 SCHEMA = "porter.report/1"
@@ -56,6 +57,8 @@ class DriftReport:
     target would is "simulated"). `phases` holds `prefill` and `decode`; `context` one object a context
     length (`tokens`, `positions` of which `phase`, and the measures). `attention` is what a quantized cache
     does to each head, at several context lengths (`porter.drift.attention`); empty where none is quantized.
+    `recomputed` says of `passes` and `total` how often attention was computed from the exact copy of a
+    certified cache; empty where there is none.
     `budget` is what was allowed of `total` and `violations` what was not kept. `kept` says which weights stay
     floats where others were cast (`porter.weights.select.Kept`). `repeat` is the command that does all this
     again.
@@ -71,6 +74,7 @@ class DriftReport:
     kept: Sequence[Kept] = ()
     context: Sequence[Mapping[str, object]] = ()
     attention: Sequence[Head] = ()
+    recomputed: Mapping[str, Tally] = field(default_factory=dict)
     nodes: Sequence[Mapping[str, object]] = ()
     placement: Mapping[str, object] = field(default_factory=dict)
     memory: Mapping[str, Figure] = field(default_factory=dict)
@@ -126,6 +130,10 @@ class DriftReport:
         fields |= {"drift": rows, "phases": phases, "violations": [*map(_violation, self.violations)]}
         kind = {"kind": self.kind("attention")}
         fields["attention"] = [dataclasses.asdict(head) | kind for head in self.attention]
+        fields["recomputed"] = {
+            name: {**dataclasses.asdict(t), "share": t.share, "kind": self.kind(name)}
+            for name, t in self.recomputed.items()
+        }
         return plain({"schema": SCHEMA, "ok": self.ok, **fields})  # type: ignore[return-value]
 
     def to_json(self) -> str:

@@ -19,6 +19,7 @@ from porter.report.words import (
     evidence,
     kept,
     measured,
+    recomputed,
     shown,
     title,
     value,
@@ -49,6 +50,8 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
     if report.attention:
         yield _attention(report)
         yield Text("\n".join(f" worst head: {head}" for head in worst(report)))
+    if report.recomputed:
+        yield Text(f" {recomputed(report.recomputed)} ({report.kind('total')})")
     if report.stages:
         yield _stages(report)
     if report.kept:

@@ -11,6 +11,7 @@ from porter.decoder import Decoder
 from porter.errors import ModelError, OptionError
 from porter.run.feeds import empty_caches, feeds
 from porter.run.protocol import Runner
+from porter.run.tally import Tally
 
 Sample = Callable[[np.ndarray], int]
 
@@ -18,14 +19,16 @@ Sample = Callable[[np.ndarray], int]
 class Decode:
     """A decoding session of `batch` rows in step; `length` is the number of tokens that each row has cached.
 
+    `tally` counts, of a cache with an exact copy, how often that was read; others may count in it too.
     Raises ModelError PORT-0144 when the model has inputs that porter cannot fill.
     """
 
-    def __init__(self, runner: Runner, decoder: Decoder, batch: int = 1) -> None:
+    def __init__(self, runner: Runner, decoder: Decoder, batch: int = 1, tally: Tally | None = None) -> None:
         if decoder.others:
             what = f"the model has inputs porter has no meaning for: {', '.join(decoder.others)}"
             raise ModelError("PORT-0144", what, hint="export it without them")
         self._runner, self._decoder, self._batch = runner, decoder, batch
+        self.tally = Tally() if tally is None else tally
         self._limit = min((n for n in (decoder.capacity, decoder.context) if n), default=0)
         self._vocabulary = runner.outputs[decoder.output].shape[-1] if decoder.cache != "none" else ""
         self._steps = (*runner.inputs[decoder.tokens].shape, "", "")[1]  # the name of the sequence's axis
@@ -36,9 +39,10 @@ class Decode:
         self.length = 0
         self.caches: Feeds = empty_caches(self._decoder, self._runner.inputs, self._batch)
 
-    def step(self, tokens: np.ndarray) -> np.ndarray:
+    def step(self, tokens: np.ndarray, real: np.ndarray | None = None) -> np.ndarray:
         """Feed `tokens` int[batch, sequence] and return float32 [batch, sequence, vocabulary].
 
+        `real`, bool [batch, sequence], says which tokens are no padding, None that all are: they are tallied.
         More tokens than the runner takes at once are fed in pieces. An encoder returns its hidden states, and
         remembers nothing. Raises OptionError PORT-0141 for tokens of another batch or outside the vocabulary,
         PORT-0142 when they exceed the cache or the context.
@@ -47,13 +51,15 @@ class Decode:
         self._check(tokens)
         most = self._runner.bounds.get(str(self._steps), 0) if self._decoder.caches else 0
         if not most or tokens.shape[1] <= most:
-            return self._feed(tokens)
-        pieces = [tokens[:, at : at + most] for at in range(0, tokens.shape[1], most)]
-        return np.concatenate([self._feed(p) for p in pieces], axis=1)
+            return self._feed(tokens, real)
+        pieces = [slice(at, at + most) for at in range(0, tokens.shape[1], most)]
+        fed = [self._feed(tokens[:, p], None if real is None else real[:, p]) for p in pieces]
+        return np.concatenate(fed, axis=1)
 
-    def _feed(self, tokens: np.ndarray) -> np.ndarray:
+    def _feed(self, tokens: np.ndarray, real: np.ndarray | None) -> np.ndarray:
         step = feeds(self._decoder, tokens, self.length, self.caches, self._runner.inputs)
         outputs = self._runner.run(step)
+        self.tally.add((outputs[name] for name in self._decoder.exact), real)
         if self._decoder.caches:
             self.caches = {c.past: outputs[c.present] for c in self._decoder.caches}
             self.length += tokens.shape[1]

@@ -9,6 +9,7 @@ import numpy as np
 
 from porter.context import Feeds
 from porter.errors import ModelError, OptionError
+from porter.kv import tags
 
 if TYPE_CHECKING:
     from porter.decoder import Decoder
@@ -25,7 +26,8 @@ def feeds(
     """A step's feeds: `tokens` [batch, sequence] after `past` cached ones (one length, or int64 [batch]).
 
     Positions are past + arange; the mask is ones [batch, past + sequence], or up to the longest row, and 0
-    for what a shorter row has not; token types are zeros; `last` and `total` count valid tokens. Types are
+    for what a shorter row has not; token types are zeros; tags are those of text by its positions
+    (`porter.kv.tags.default`); `last` and `total` count valid tokens. Types are
     int64 unless `inputs` says otherwise, and positions that `inputs` has with one axis get one row.
     """
     batch, sequence = tokens.shape
@@ -43,6 +45,8 @@ def feeds(
         made[decoder.total] = np.array(before.max(initial=0) + sequence)
     if decoder.token_types:
         made[decoder.token_types] = np.zeros((batch, sequence), np.int64)
+    if decoder.tags:
+        made[decoder.tags] = tags.default(before[:, None] + np.arange(sequence))
     return {n: _fitted(a, (inputs or {}).get(n)) for n, a in made.items()} | dict(caches)
 
 

@@ -16,7 +16,7 @@ Whatever is not known to keep rows apart makes it end with a `Refusal`, and noth
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,11 +71,17 @@ class Walk:
     """The values of `graph` that depend on P, in `kinds`, and the `edits` that give each row its own.
 
     `pasts` are the caches; `lengths` is int64 [batch], the p[b]. Nodes in `done` read caches and are taken
-    care of elsewhere. Making a Walk changes nothing; it raises Refusal. `apply` edits the graph.
+    care of elsewhere; only nodes in `live` are looked at. Making a Walk changes nothing; it raises Refusal.
+    `apply` edits the graph.
     """
 
     def __init__(
-        self, graph: ir.Graph, pasts: Iterable[ir.Value], lengths: ir.Value, done: Iterable[ir.Node]
+        self,
+        graph: ir.Graph,
+        pasts: Iterable[ir.Value],
+        lengths: ir.Value,
+        done: Iterable[ir.Node],
+        live: Collection[ir.Node],
     ) -> None:
         self.graph, self.lengths = graph, lengths
         self.pasts, self.done = set(pasts), set(done)
@@ -85,7 +91,6 @@ class Walk:
         self.starts: set[ir.Value] = (
             set()
         )  # where rows begin: these keep their shape, what reads them changes
-        live = live_nodes(graph)
         for node in graph:
             if node in live and node not in self.done:
                 self._visit(node)
@@ -206,12 +211,25 @@ class Walk:
         return new.outputs[0]
 
 
-def live_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """Nodes that an output of the graph, or a subgraph, needs."""
+def remove_unread(graph: ir.Graph, value: ir.Value | None) -> None:
+    """Remove what made a value and is of no other use."""
+    node = None if value is None else value.producer()
+    if node is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+        return
+    sources = list(node.inputs)
+    graph.remove(node, safe=True)
+    for source in sources:
+        remove_unread(graph, source)
+
+
+def live_nodes(graph: ir.Graph, cut: Collection[tuple[ir.Node, int]] = ()) -> set[ir.Node]:
+    """Nodes that an output of the graph, or a subgraph, needs; not for the uses in `cut` (node and input)."""
     live: set[ir.Node] = set()
     for node in reversed(graph):
         for out in node.outputs:
-            needed = any(user in live or user.graph is not graph for user, _ in out.uses())
+            needed = any(
+                (u.node in live and tuple(u) not in cut) or u.node.graph is not graph for u in out.uses()
+            )
             if needed or out.is_graph_output():
                 live.add(node)
     return live

@@ -114,18 +114,19 @@ def _sources(x: ir.Value, by_node: dict[ir.Node, Matrix], channels: int) -> tupl
 
 def _norm(node: ir.Node, channels: int) -> tuple[Source, ...]:
     parts = [v for v in node.inputs[1:] if v is not None]
-    fine = all(_is_constant(v) and list(v.const_value.shape) == [channels] for v in parts)
+    fine = all(is_constant(v) and list(v.const_value.shape) == [channels] for v in parts)
     return tuple(Source(v, 0, node=node) for v in parts) if fine and parts else ()
 
 
 def _vector(node: ir.Node, channels: int) -> tuple[Source, ...]:
     for value in node.inputs:
-        if _is_constant(value) and value.const_value.size == channels == value.const_value.shape[-1]:
+        if is_constant(value) and value.const_value.size == channels == value.const_value.shape[-1]:
             return (Source(value, len(value.const_value.shape) - 1, node=node),)
     return ()
 
 
-def _is_constant(value: ir.Value) -> bool:
+def is_constant(value: ir.Value) -> bool:
+    """Whether a value is an initializer that nobody can feed."""
     return value.is_initializer() and value.const_value is not None and not value.is_graph_input()
 
 
@@ -136,7 +137,7 @@ def _rows(value: ir.Value, by_node: dict[ir.Node, Matrix], final: bool = False) 
     if node is None or value.is_graph_output() or not (final or len(value.uses()) == 1):
         return ()
     if node.op_type == "Split" and not node.domain:
-        sizes = _split_sizes(node)
+        sizes = split_sizes(node)
         if sizes is None:
             return ()
         first = sum(sizes[: node.outputs.index(value)])
@@ -149,23 +150,28 @@ def _rows(value: ir.Value, by_node: dict[ir.Node, Matrix], final: bool = False) 
     return (Source(matrix.value, 1 if matrix.turned else 0, first),)
 
 
-def _split_sizes(node: ir.Node) -> list[int] | None:
-    """The parts along the last axis, by their inferred or stated sizes."""
+def split_sizes(node: ir.Node, axis: int = -1) -> list[int] | None:
+    """The parts of a Split along an axis, by their inferred or stated sizes; None where it splits another."""
     rank = len(node.inputs[0].shape) if node.inputs[0].shape is not None else None
-    if node.attributes.get_int("axis", 0) not in (-1, rank and rank - 1):
+    wanted = (axis,) if rank is None else (axis % rank, axis % rank - rank)
+    if node.attributes.get_int("axis", 0) not in wanted:
         return None
     stated = match.constant(match.given(node, 1))
     if stated is not None:
         return stated.tolist()
-    last = node.inputs[0].shape[-1] if rank else None
+    last = node.inputs[0].shape[axis] if rank else None
     count = len(node.outputs)
     return [last // count] * count if isinstance(last, int) and last % count == 0 else None
 
 
 def _multiply(value: ir.Value, factor: np.ndarray, axis: int) -> None:
-    """Multiply an initializer by `factor` along an axis, in float64 and back."""
+    """Multiply an initializer by `factor` along an axis."""
+    multiply(value, factor.reshape([-1 if i == axis else 1 for i in range(len(value.const_value.shape))]))
+
+
+def multiply(value: ir.Value, wide: np.ndarray) -> None:
+    """Multiply an initializer by what has its axes, in float64 and back, when it is read."""
     tensor = value.const_value
-    wide = factor.reshape([-1 if i == axis else 1 for i in range(len(tensor.shape))])
     value.const_value = _lazily(tensor, lambda a: (a.astype(np.float64) * wide).astype(a.dtype))
     value.const_value.name = value.name
 

@@ -112,6 +112,9 @@ def test_the_largest_table_is_the_tokens():
         body,
     )
     assert recognise(model).tokens == "words"
+    flat = "w = Reshape(words, f) e = Gather(table, w) p = Gather(few, places) logits = Add(e, p)"
+    inputs = "int64[b,s] words; int64[b,s] places; int64[2] f; float[900,4] table; float[16,4] few"
+    assert recognise(interface(inputs, "float[b,s,4] logits", flat)).tokens == "words"
 
 
 def test_the_static_form_and_its_quantized_variant(tiny):

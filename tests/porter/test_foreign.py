@@ -23,10 +23,10 @@ from onnxruntime.quantization import (
 
 from porter import graph, target
 from porter.context import Context
-from porter.convert import Options, pipeline_text
 from porter.decoder import recognise
 from porter.inspect import inspect
 from porter.lower.lower import lower
+from porter.options import Options, pipeline_text
 from porter.pipeline import Pipeline
 from porter.run.decode import Decode
 from porter.run.host import HostRunner
@@ -101,7 +101,7 @@ def test_a_decoder_of_the_genai_builder(name: str, tmp_path: Path) -> None:
     # Two layers of sums over at most 80 products, in another order: some hundred roundings each.
     model = check(foreign.genai_decoder(**GENAI[name]), tmp_path, 1000)
     found = recognise(model)
-    assert found.cache == ("concat" if "window" in name else "static")
+    assert found.cache == "static"
     assert found.others == ()
     assert not found.mask
 

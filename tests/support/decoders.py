@@ -20,6 +20,7 @@ class Size:
     `range`: Range(past, past + sequence); `add`: Range(0, sequence) + past; `mul`: the same, multiplied by
     the frequencies rather than matrix-multiplied; `table`: rows of a cosine table; `sliced`: a slice of it;
     `input`: a model input `position_ids`; `learned`: an embedding added to the tokens', no rotation.
+    `window`: tokens that a query of every other layer sees, the first among them, by its mask; 0: all.
     """
 
     layers: int = 2
@@ -32,6 +33,8 @@ class Size:
     context: int = 64
     tied: bool = True
     positions: str = "range"
+    window: int = 0
+    softcap: float = 0.0
     fused: bool = True
     opset: int = 24
     seed: int = 0
@@ -102,9 +105,10 @@ def tiny_decoder(**sizes: object) -> ir.Model:
     rotation = _positions(b, tokens, caches["0.key"], inputs[-1])
     if size.positions == "learned":
         x, rotation = b.op("Add", x, rotation[0]), ()
-    outputs = []
+    outputs, mask = [], _window(b, tokens, caches["0.key"]) if size.window else None
     for i in range(size.layers):
-        x, key, value = _layer(b, x, i, caches[f"{i}.key"], caches[f"{i}.value"], rotation)
+        past = caches[f"{i}.key"], caches[f"{i}.value"]
+        x, key, value = _layer(b, x, i, past, rotation, None if i % 2 else mask)
         outputs += [_named(key, f"present.{i}.key"), _named(value, f"present.{i}.value")]
     x = b.op(
         "RMSNormalization", x, b.weight("model.norm.weight", np.ones(size.hidden, np.float32)), epsilon=1e-5
@@ -124,8 +128,23 @@ def tiny_decoder(**sizes: object) -> ir.Model:
     return model
 
 
+def _window(b: Builder, tokens: ir.Value, past: ir.Value) -> ir.Value:
+    """Key j is seen by query i where j > past + i - window: bool [1,1,S,past+S]."""
+    count = b.op("Squeeze", b.op("Shape", tokens, start=1, end=2))
+    before = b.op("Squeeze", b.op("Shape", past, start=2, end=3))
+    total = b.op("Add", before, count)
+    rows = b.op("Unsqueeze", b.op("Range", before, total, b.scalar(1)), b.ints(0, 1, 3))
+    keys = b.op("Unsqueeze", b.op("Range", b.scalar(0), total, b.scalar(1)), b.ints(0, 1, 2))
+    return b.op("Greater", keys, b.op("Sub", rows, b.scalar(b.size.window)))
+
+
 def _layer(
-    b: Builder, x: ir.Value, index: int, past_key: ir.Value, past_value: ir.Value, rotation: tuple
+    b: Builder,
+    x: ir.Value,
+    index: int,
+    past: tuple[ir.Value, ir.Value],
+    rotation: tuple[ir.Value, ...],
+    mask: ir.Value | None,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     s, name = b.size, f"model.layers.{index}"
     query_rows, kv_rows = s.heads * s.head_size, s.kv_heads * s.head_size
@@ -138,7 +157,8 @@ def _layer(
     q, k, v = b.heads(q, s.heads), b.heads(k, s.kv_heads), b.heads(v, s.kv_heads)
     if rotation:
         q, k = b.op("RotaryEmbedding", q, *rotation), b.op("RotaryEmbedding", k, *rotation)
-    y, key, value = b.op("Attention", q, k, v, None, past_key, past_value, outputs=3, is_causal=1)
+    softcap = {"softcap": s.softcap} if s.softcap else {}
+    y, key, value = b.op("Attention", q, k, v, mask, *past, outputs=3, is_causal=1, **softcap)
     y = b.op("Reshape", b.op("Transpose", y, perm=[0, 2, 1, 3]), b.ints(0, 0, query_rows))
     x = b.op("Add", x, b.linear(y, (f"{name}.self_attn.o_proj", s.hidden), inputs=query_rows))
     norm_weight = b.noise(f"{name}.post_attention_layernorm.weight", s.hidden, scale=1.0)

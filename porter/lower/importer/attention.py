@@ -62,7 +62,7 @@ def _attention(
     if lengths is not None:
         args.append(cast(imp, imp.tensor(lengths), "int64"))
     if mask is not None:
-        tensor, spec = _masking(imp, mask, spec, [batch, heads, steps, k_dims[2]])
+        tensor, spec = masking(imp, mask, spec, [batch, heads, steps, k_dims[2]])
         args.append(tensor)
     kernel = imp.kernel(("attention", spec), lambda: kernels.attention(spec))
     y = imp.call(kernel, args, [batch, heads, steps, values.width], "float32")
@@ -123,7 +123,7 @@ def _narrow(imp: Importer, tensor: relax.Expr) -> relax.Expr:
     return tensor
 
 
-def _masking(
+def masking(
     imp: Importer, mask: Value, spec: kernels.Attention, whole: list[Any]
 ) -> tuple[relax.Expr, kernels.Attention]:
     """The mask in four dimensions, each 1 or that of `whole` (batch, heads, steps, keys), and its kernel."""

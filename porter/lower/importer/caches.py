@@ -13,21 +13,35 @@ from tvm import relax
 
 from porter.errors import PassError, TargetError
 from porter.kv.names import parse
-from porter.kv.scheme import Scheme, Side
+from porter.kv.scheme import Scheme
 from porter.lower.importer.attributes import attribute
 from porter.lower.importer.precision import cast
 from porter.lower.importer.program import Importer
 from porter.lower.importer.values import StoredCache, Value
 from porter.lower.kernels.append import append_stored
 from porter.lower.kernels.stored import Stored, read_stored
+from porter.lower.kernels.tagged import Tagged, assign_slots
+
+
+def _assign(imp: Importer, node: ir.Node, slots: Value, tags: Value, lengths: Value, more: Value) -> Value:
+    """Writes into the caller's slots where they are the graph's own input, else into a copy."""
+    held, lent = imp.tensor(slots), imp.lent(node)
+    try:
+        scheme = parse(attribute(node, "scheme", ""))
+    except PassError as error:
+        raise TargetError("PORT-0423", error.what, where=imp.current, hint=error.hint) from error
+    capacity = int(imp.shape(held)[2]) + scheme.sink
+    kernel = imp.kernel(("assign", scheme, capacity), lambda: assign_slots(scheme, capacity))
+    args = [held if lent else imp.copied(held), *(imp.tensor(v) for v in (tags, lengths, more))]
+    return imp.overwrite(kernel, args, node.inputs[0].name if lent else None)
 
 
 def _append(imp: Importer, node: ir.Node, *inputs: Value) -> tuple[Value, ...]:
     """Writes into the caller's buffers where they are the graph's own inputs, else into copies."""
     count = len(node.outputs)
     caches, new = [imp.tensor(v) for v in inputs[:count]], imp.tensor(inputs[count])
-    spec = _spec(imp, node, caches, (_capacity(imp, node, caches), imp.shape(new)[3]))
     lengths, *steps = (imp.tensor(v) for v in inputs[count + 1 :])
+    spec = _spec(imp, node, caches, (_capacity(imp, node, caches, steps), imp.shape(new)[3]))
     lent = [imp.lent(node, i) for i in range(count)]
     heads = imp.shape(caches[0])[1]
     kernel = imp.kernel(("append", spec, heads), lambda: append_stored(spec, heads))
@@ -38,7 +52,8 @@ def _append(imp: Importer, node: ir.Node, *inputs: Value) -> tuple[Value, ...]:
 
 def _read(imp: Importer, node: ir.Node, *inputs: Value) -> Value:
     """Nothing is read before it is known who asks."""
-    count = len(inputs) - 1 - bool(_side(imp, node).static)
+    scheme, name = _scheme(imp, node)
+    count = len(inputs) - 1 - (bool(scheme.side(name).static) or scheme.tagged)
     caches = [imp.tensor(v) for v in inputs[:count]]
     spec = _spec(imp, node, caches, _size(imp, node, caches))
     batch, heads = imp.shape(caches[0])[:2]
@@ -54,29 +69,29 @@ def read(imp: Importer, cache: StoredCache) -> relax.Expr:
     return imp.call(kernel, [*cache.args, cache.total], list(cache.shape), "float32")
 
 
-def _scheme(imp: Importer, node: ir.Node) -> tuple[Scheme, str]:
-    text, side = attribute(node, "scheme", ""), attribute(node, "side", "")
+def scheme_of(imp: Importer, node: ir.Node) -> Scheme:
+    """What the attribute `scheme` says. Raises TargetError PORT-0423 when it cannot be read."""
     try:
-        scheme = parse(text)
+        return parse(attribute(node, "scheme", ""))
     except PassError as error:
         raise TargetError("PORT-0423", error.what, where=imp.current, hint=error.hint) from error
+
+
+def _scheme(imp: Importer, node: ir.Node) -> tuple[Scheme, str]:
+    scheme, text, side = scheme_of(imp, node), attribute(node, "scheme", ""), attribute(node, "side", "")
     if side not in ("key", "value") or not scheme.side(side).coded:
         what = f"a cache function is for a coded key or value side, not for {side!r} of {text!r}"
         raise TargetError("PORT-0423", what, where=imp.current)
     return scheme, side
 
 
-def _side(imp: Importer, node: ir.Node) -> Side:
-    scheme, side = _scheme(imp, node)
-    return scheme.side(side)
-
-
 def _spec(imp: Importer, node: ir.Node, caches: list[relax.Expr], size: tuple[int, int]) -> Stored:
     """What the kernels go by, once the buffers are those that the scheme plans."""
     capacity, width = size
-    spec = Stored(*_scheme(imp, node), width, capacity)
+    scheme, name = _scheme(imp, node)
+    spec = (Tagged if scheme.tagged else Stored)(scheme, name, width, capacity)
     if not spec.fits():
-        what = "tokens with more bits and residuals have no kernels"
+        what = "residuals have no kernels"
         raise TargetError("PORT-0422", what, where=imp.current, hint="choose a cache scheme without them")
     given = [(tuple(imp.shape(c)[1:]), str(c.ty.dtype)) for c in caches]
     planned = [(shape, dtype) for _, shape, dtype in spec.planned(imp.shape(caches[0])[1])]
@@ -86,11 +101,13 @@ def _spec(imp: Importer, node: ir.Node, caches: list[relax.Expr], size: tuple[in
     return spec
 
 
-def _capacity(imp: Importer, node: ir.Node, caches: list[relax.Expr]) -> int:
+def _capacity(imp: Importer, node: ir.Node, caches: list[relax.Expr], beside: list[relax.Expr]) -> int:
     """The most tokens that these buffers are planned for: groups along tokens leave several answers, which
     are the same to the kernels."""
     scheme, name = _scheme(imp, node)
     side = scheme.side(name)
+    if scheme.tagged:
+        return int(imp.shape(beside[0])[2]) + scheme.sink  # the slots, one for each token after the sinks
     held = int(imp.shape(caches[0])[2])
     if len(caches) == 1 and scheme.windowed(side):
         return held  # a window alone
@@ -107,10 +124,12 @@ def _size(imp: Importer, node: ir.Node, caches: list[relax.Expr]) -> tuple[int, 
         what = "a cache is read whose head size is not known"
         raise TargetError("PORT-0423", what, where=imp.current, hint="infer shapes first")
     new = imp.value(writer.inputs[len(writer.outputs)])
-    return _capacity(imp, node, caches), imp.shape(new)[3]
+    beside = [imp.tensor(imp.value(v)) for v in node.inputs[len(caches) + 1 :]]
+    return _capacity(imp, node, caches, beside), imp.shape(new)[3]
 
 
 PREFIXES: dict[str, Callable[..., Value | tuple[Value, ...]]] = {
+    "AssignSlots_": _assign,
     "AppendCache_": _append,
     "ReadCache_": _read,
 }

@@ -213,9 +213,10 @@ def _pow(imp: Importer, node: ir.Node, x: Value, y: Value) -> Value:
         exponent is not None
         and exponent.size == 1
         and exponent.ndim <= len(imp.shape(base))
-        and exponent.item() == 2
+        and exponent.item() in (2, 3)
     ):
-        return imp.emit(op.multiply(base, base))  # powf is neither fast nor exact for squares
+        square = imp.emit(op.multiply(base, base))  # powf is neither fast nor exact for squares and cubes
+        return square if exponent.item() == 2 else imp.emit(op.multiply(square, base))
     dtype = str(base.ty.dtype)
     wide = dtype if dtype in ("float32", "float64") else "float64" if "int" in dtype else "float32"
     pair = broadcastable(imp, cast(imp, base, wide), cast(imp, imp.tensor(y), wide))

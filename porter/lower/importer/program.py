@@ -181,6 +181,13 @@ class Importer:
         """Bind a kernel's result."""
         return self.emit(relax.call_tir(kernel, args, relax.TensorType(shape, dtype)))
 
+    def call_all(
+        self, kernel: relax.GlobalVar, args: list[relax.Expr], types: list[tuple[str, list[Any]]]
+    ) -> tuple[relax.Var, ...]:
+        """Bind the results of a kernel with several: (dtype, shape) of each."""
+        results = self.emit(relax.call_tir(kernel, args, [relax.TensorType(s, d) for d, s in types]))
+        return tuple(self.emit(relax.TupleGetItem(results, i)) for i in range(len(types)))
+
     def overwrite(self, kernel: relax.GlobalVar, args: list[relax.Expr], owner: str | None) -> relax.Var:
         """Bind the first argument once a kernel has written to it; `owner` is the input that it is."""
         result = self.emit(relax.op.call_tir_inplace(kernel, args, 0, args[0].ty))

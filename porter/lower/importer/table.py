@@ -11,6 +11,7 @@ from porter.lower.importer import (
     borrowed,
     caches,
     casts,
+    certified,
     dynamic,
     elementwise,
     gathers,
@@ -43,11 +44,14 @@ TABLES: dict[str, dict[str, Function]] = {
 }
 
 
+PREFIXES: dict[str, Function] = {**caches.PREFIXES, **certified.PREFIXES}
+
+
 def function_for(node: ir.Node) -> Function | None:
     """The importer of a node's operator, or None."""
     domain = "" if node.domain == "ai.onnx" else node.domain
     if domain == "porter":  # functions of a body each, by what their names begin with
-        for prefix, function in caches.PREFIXES.items():
+        for prefix, function in PREFIXES.items():
             if node.op_type.startswith(prefix):
                 return function
     return TABLES.get(domain, {}).get(node.op_type)

@@ -9,7 +9,7 @@ rounded against what is stored.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -19,12 +19,13 @@ from porter.kv import codebook
 from porter.lower.kernels.codecs import encode_float
 from porter.lower.kernels.define import Expr, Spec, T, define, f32, i64, local, loop, store, tirx
 from porter.lower.kernels.stored import WIDE, Stored
+from porter.lower.kernels.tagged import slot_of
 
 Value = Callable[[Expr, Expr], Expr]  # (token, channel) -> float32
 
 
 def append_stored(spec: Stored, heads: int) -> tirx.PrimFunc:
-    """The side's buffers…, new [b, heads, s, width] float32, starts [b] int64 (, static steps).
+    """The side's buffers…, new [b, heads, s, width] float32, starts [b] int64 (, static steps, or slots).
 
     Token t of `new` becomes token starts[b] + t. Tokens past the capacity are dropped; with a start below 0
     nothing is written.
@@ -62,7 +63,7 @@ class _Append:
     row: tuple[Expr, Expr]
     start: Expr
     end: Expr
-    static: tirx.Buffer | None = None
+    static: tirx.Buffer | None = None  # steps, or slots
 
     def emit(self) -> None:
         spec, scheme, side = self.spec, self.spec.scheme, self.spec.side
@@ -72,10 +73,11 @@ class _Append:
         if scheme.copy:
             self._keep("_copy", self.start, self.end, lambda t: t)
         done, ready = spec.rounded(self.start), spec.rounded(self.end)
-        if "_codes" in self.state:
+        if "_codes" in self.state or "_more_codes" in self.state:
             groups = (ready - done) // i64(side.flush)
             with loop(groups) as i:
-                self._group(done + i * i64(side.flush))
+                first = done + i * i64(side.flush)
+                self._group(first, first) if not scheme.tagged else self._in_its_pool(first)
         if scheme.windowed(side):
             sink = i64(scheme.sink)
             newest = tirx.max(tirx.max(sink, self.end - i64(scheme.ring(side))), self.start)
@@ -112,12 +114,22 @@ class _Append:
         held = tirx.Cast("float32", self.state["_window"][(*self.row, spec.slot(token), d)])
         return tirx.Select(token < self.start, held, fresh)
 
-    def _group(self, first: Expr) -> None:
-        """Round the tokens that are rounded together, from `first` after the sinks on."""
+    def _in_its_pool(self, token: Expr) -> None:
+        """Round a token after the sinks to where its slot says."""
+        slot = slot_of(self.static, self.row[0], token)
+        for pool in self.spec.pools():
+            named = {"_window": "_window"} | {pool.suffix + n: n for n in ("_codes", "_scale", "_min")}
+            state = {named[n]: buffer for n, buffer in self.state.items() if n in named}
+            with T.If(pool.holds(slot)), T.Then():
+                replace(self, spec=pool.spec, state=state)._group(token, pool.place(slot))
+
+    def _group(self, first: Expr, to: Expr) -> None:
+        """Round the tokens that are rounded together, from `first` after the sinks on, to the places from
+        `to` on."""
         side, width = self.spec.side, self.spec.width
         sink = i64(self.spec.scheme.sink)
         if side.element.startswith("lloyd"):
-            self._sets(first)
+            self._sets(first)  # which have no pools: `to` is `first`
             return
         step, low = local(width), local(width)
         if side.static:
@@ -125,7 +137,7 @@ class _Append:
             with loop(width) as d:
                 store(step, self.static[head, 0, d if side.static == "channel" else i64(0)], d)
         elif side.along == "tokens":
-            place = first // i64(side.group)
+            place = to // i64(side.group)
             with loop(width) as d:
                 number = _Grouping(self, side.group, lambda k: self._value(sink + first + k, d)).emit()
                 self._store_group(number, place, d)
@@ -137,7 +149,7 @@ class _Append:
                 size = min(each, width - g * each)
                 channel = i64(g * each)
                 number = _Grouping(self, size, lambda k, c=channel: self._value(sink + first, c + k)).emit()
-                self._store_group(number, first, i64(g))
+                self._store_group(number, to, i64(g))
                 with loop(size) as k:
                     store(step, number.step, channel + k)
                     store(low, number.low, channel + k)
@@ -146,7 +158,7 @@ class _Append:
             with loop(width) as d:
                 value = self._value(sink + first + i, d)
                 store(codes, self._code(value, step[d], low[d]), d)
-            self._pack(codes, first + i, 0, width, side.bits)
+            self._pack(codes, to + i, 0, width, side.bits)
 
     def _store_group(self, number: _Grouping, place: Expr, index: Expr) -> None:
         scale = self.state["_scale"]

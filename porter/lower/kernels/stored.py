@@ -388,7 +388,10 @@ def _steps(first: int, step: int, lanes: int) -> Expr:
 def _centroids(code: Expr, bits: int, lanes: int) -> Expr:
     """centroid[code]. They are symmetric: the magnitude is one of the upper half's, and a choice for each bit
     of those that are left; the sign is the upper bit's."""
-    half = 1 << (bits - 1)
+    held = local(lanes, "int32")  # read many times: an expression would be simplified as often, all of it
+    at = T.ramp(i64(0), 1, lanes) if lanes > 1 else i64(0)
+    T.buffer_store(held, code, [at])
+    code, half = held[at], 1 << (bits - 1)
     top, low = (_spread(tirx.IntImm("int32", n), lanes) for n in (half, half - 1))
     zero = _spread(tirx.IntImm("int32", 0), lanes)
     place = tirx.Select((code & top) == zero, code ^ low, code)

@@ -106,6 +106,24 @@ def test_prefill_and_decoding_step_by_step(positions):
         )
 
 
+@pytest.mark.parametrize("window", [1, 2, 5, CAPACITY - 1, CAPACITY, 40])
+@pytest.mark.parametrize(("lengths", "count"), [([0], 7), ([7], 1), ([0, 1, 7], 4), ([11, 3, 0], 1)])
+def test_a_sliding_window_slides_over_each_row(window, lengths, count):
+    concat, static = converted(window=window, softcap=2.0)
+    lengths = np.array(lengths)
+    ids = np.random.default_rng(5).integers(0, 61, (len(lengths), count))
+    cache = decoders.empty_cache(static, len(lengths), seed=3)
+    got = decoders.run(static, {"input_ids": ids, **cache, LENGTHS: lengths})
+    assert_same(got, row_by_row(concat, ids, cache, lengths), cache, lengths, count)
+    masks = [n.inputs[3] for n in static.graph if n.op_type == "Attention"]
+    assert [m is not None for m in masks] == [window < CAPACITY, False]  # all tokens fit into a wide one
+
+
+def test_layers_with_the_same_window_share_their_mask():
+    _, static = converted(window=3, layers=4)
+    assert len({n.inputs[3] for n in static.graph if n.op_type == "Attention"} - {None}) == 1
+
+
 def test_no_row_sees_what_lies_beyond_its_tokens():
     _, static = converted()
     live, lengths = decoders.session(static), np.array([0, 4, 9])
@@ -207,6 +225,17 @@ def test_models_that_do_not_fit(said, opset, code):
         StaticCache().run(model, Context())
 
 
+@pytest.mark.parametrize("positions", ["learned", "table", "sliced", "input"])
+def test_a_cache_for_more_tokens_than_there_are_positions(positions):
+    """Kernels do not check what they gather: a row beyond the table must not be asked for."""
+    model = decoders.tiny_decoder(positions=positions, context=64)
+    with pytest.raises(PassError, match=r"PORT-0286.*tables for 64 positions, and a cache of 65"):
+        StaticCache(capacity=65).run(model, Context())
+    del model.metadata_props["porter.context_length"]
+    assert StaticCache().run(model, Context()) == 2
+    assert {v.shape[2] for v in model.graph.inputs if v.name.startswith("past_key")} == {64}
+
+
 def test_a_name_that_is_taken_is_refused():
     model = decoders.tiny_decoder()
     model.graph.inputs.append(
@@ -229,6 +258,11 @@ PLACES = "r = Range(past, total, i1)"
 COUNT = "r = Range(i0, s, i1)"
 DECLINED = {
     "mask": ("m = Cast<to=9>(zero) y, o, p = Attention<is_causal=1>(q, n, n, m, k, v)", "it has a mask"),
+    "window of the new tokens": (
+        "r = Range(i0, s, i1) c = Unsqueeze(r, v1) t = Range(i0, total, i1) m = Greater(t, c)"
+        " y, o, p = Attention<is_causal=1>(q, n, n, m, k, v)",
+        "it has a mask",
+    ),
     "not causal": ("y, o, p = Attention(q, n, n, , k, v)", "it is not causal"),
     "cache read": (f"z = ReduceSum(k) {ATTEND} y = Add(y0, z)", "ReduceSum z: it reads a cache"),
     "grid": (f"a = Range(i0, total, i1) {SUM_A}", "Range a: its length"),

@@ -21,7 +21,7 @@ class Fake:
         self.length = 0
         self.log = [] if log is None else log
 
-    def step(self, tokens):
+    def step(self, tokens, real=None):
         assert tokens.dtype == np.int64
         assert tokens.shape[0] == self.batch
         self.log.append(tokens.shape[1])

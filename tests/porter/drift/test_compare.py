@@ -181,7 +181,7 @@ def test_a_broken_reference_is_an_error_that_says_where():
 
 def test_logits_of_another_shape():
     class Last(Fake):
-        def step(self, tokens):
+        def step(self, tokens, real=None):
             return super().step(tokens)[:, -1:]
 
     with pytest.raises(DriftError, match="PORT-0601"):

@@ -145,7 +145,7 @@ def test_self_generated_stops_at_an_end():
 
 def test_self_generated_follows_the_models_probabilities():
     class Uneven(Fake):
-        def step(self, tokens):
+        def step(self, tokens, real=None):
             self.length += tokens.shape[1]
             return np.broadcast_to(np.log([0.5, 0.25, 0.25]).astype(np.float32), (*tokens.shape, 3))
 

@@ -20,7 +20,7 @@ class Torch:
         self.model, self.batch, self.cache, self.length = model, batch, transformers.DynamicCache(), 0
 
     @torch.no_grad()
-    def step(self, tokens):
+    def step(self, tokens, real=None):
         assert tokens.shape[0] == self.batch
         at = torch.arange(self.length, self.length + tokens.shape[1])[None].expand(tokens.shape)
         out = self.model(

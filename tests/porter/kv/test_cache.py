@@ -174,18 +174,21 @@ def test_what_needs_calibration_says_so():
         assert caught.value.code == "PORT-0272"
 
 
-@pytest.mark.parametrize("pairs", ["", "halves", "neighbours"])
-def test_normalization_and_rotation_leave_scores_as_they_are(pairs):
+HALVES, NEIGHBOURS = (np.arange(12) + 6) % 12, np.arange(12) ^ 1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("pairs", [None, HALVES, NEIGHBOURS], ids=["free", "halves", "neighbours"])
+def test_normalization_and_rotation_leave_scores_as_they_are(pairs, shared):
     """With kept elements of float32 only rounding is left: 2^-24 of each of a few sums of D products."""
     scheme = Scheme(Side("fp32", rotate=True), Side("fp32", rotate=True), normalize=True)
     rng = np.random.default_rng(5)
     keys, values, queries = (rng.standard_normal((1, h, 6, 12)).astype(np.float32) for h in (2, 2, 4))
-    constants = calibrated(scheme, keys[0], values[0], pairs)
+    constants = calibrated(scheme, keys[0], values[0], pairs, shared)
     norm = constants.normalizer
-    if pairs == "halves":
-        np.testing.assert_array_equal(norm[:, :6], norm[:, 6:])
-    if pairs == "neighbours":
-        np.testing.assert_array_equal(norm[:, ::2], norm[:, 1::2])
+    alike = norm if pairs is None else norm[:, pairs]
+    np.testing.assert_array_equal(norm, alike)
+    assert not shared or (norm[0] == norm[1]).all()
     assert (norm**2 >= np.abs(keys[0]).max(axis=1) * (1 - 1e-6)).all()
     cache = Cache(scheme, 12, 2, 6, 1, constants)
     cache.append(keys, values)
@@ -222,12 +225,12 @@ def test_tagged_tokens_get_their_bits_until_the_room_is_spent():
     cache, keys, values, _ = made("triaxial recent=0 share=0.25", 8, tokens=20)
     tags = np.array([[1, 0, 1, 1, 1, 1, 1] + [0] * 13])
     cache.append(keys, values, tags=tags)
-    np.testing.assert_array_equal(np.flatnonzero(cache.state["slots"][0] < 0), [0, 2, 3, 4, 5])
+    np.testing.assert_array_equal(np.flatnonzero(cache.state["slots"][0, 0, :, 0] < 0), [0, 2, 3, 4, 5])
     error = np.abs(cache.keys(0) - keys[0]).mean(axis=(0, 2))
     assert error[[0, 2, 3, 4, 5]].max() < error[[1, *range(6, 20)]].min()
     full = made("triaxial recent=0 share=0.25", 8, tokens=20)[0]
     full.append(keys, values, tags=np.zeros((1, 20), int))
-    np.testing.assert_array_equal(np.flatnonzero(full.state["slots"][0] < 0), range(15, 20))
+    np.testing.assert_array_equal(np.flatnonzero(full.state["slots"][0, 0, :, 0] < 0), range(15, 20))
 
 
 def test_a_full_row_is_refused():

@@ -96,7 +96,7 @@ def test_tokens_with_more_bits_have_room_of_their_own():
     found = {b.name: b.shape for b in buffers(parse("triaxial recent=0 share=0.25"), 64, 1, 100)}
     assert found["key_codes"] == (1, 1, 75, 16)
     assert found["key_more_codes"] == (1, 1, 25, 32)
-    assert found["slots"] == (1, 100)
+    assert found["slots"] == (1, 1, 100, 1)
 
 
 def test_the_documentation_lists_every_scheme_with_its_bits(request):

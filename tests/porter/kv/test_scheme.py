@@ -119,3 +119,19 @@ def test_tokens_become_codes_once_their_group_is_complete_and_older_than_the_win
     groups = [range(sink + i * group, sink + (i + 1) * group) for i in range(60)]
     assert scheme.rounded(side, tokens) == sum(len(g) for g in groups if g[-1] < tokens - recent)
     assert tokens - scheme.rounded(side, tokens) <= sink + scheme.ring(side)
+
+
+def test_a_tolerance_is_read_and_printed():
+    assert parse("certified tolerance=0.25").tolerance == 0.25
+    assert parse(text_of(parse("certified tolerance=0.25"))) == parse("certified tolerance=0.25")
+    assert parse("certified tolerance=0").tolerance == 0
+    for text in (
+        "int8 tolerance=0.5",
+        "certified tolerance=-1",
+        "certified tolerance=inf",
+        "certified tolerance=nan",
+    ):
+        with pytest.raises(PassError, match="PORT-0271"):
+            parse(text)
+    with pytest.raises(PassError, match="PORT-0270"):
+        parse("certified tolerance=much")

@@ -222,9 +222,7 @@ def test_residual():
         )
 
 
-@pytest.mark.parametrize(
-    "text", ["triaxial", "key=int8 value=int8 recent=4 high=bf16", "key=int8 value=int8 copy=bf16"]
-)
+@pytest.mark.parametrize("text", ["key=int8 value=int8 recent=4 high=bf16", "key=int8 value=int8 copy=bf16"])
 def test_what_a_graph_cannot_hold_is_refused(text):
     with pytest.raises(PassError, match="PORT-0274"):
         Cached(names.parse(text), "key", HEADS, 8, 512)

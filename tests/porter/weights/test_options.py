@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from porter import target
-from porter.convert import Options, pipeline_text
-from porter.errors import OptionError
+from porter.errors import OptionError, PassError
+from porter.options import Options, pipeline_text
 
 HOST = target.load("host")
 
@@ -35,7 +35,7 @@ def filled(**options: object) -> str:
             {"weights": "int8", "activations": "fp8"},
             "quantize.rtn{format=int8},quantize.activations{format=fp8-e4m3fn}|",
         ),
-        ({"weights": "int8", "form": "contrib"}, "quantize.rtn{format=int8}|,quantize.contrib"),
+        ({"weights": "int8", "form": "contrib"}, "quantize.rtn{format=int8}|,quantize.contrib,kv.contrib"),
     ],
 )
 def test_options_fill_the_slot(options: dict[str, str], text: str) -> None:
@@ -43,9 +43,16 @@ def test_options_fill_the_slot(options: dict[str, str], text: str) -> None:
 
 
 def test_a_form_follows_a_pipeline_of_ones_own() -> None:
-    assert (
-        pipeline_text(HOST, Options(pipeline="clean.dead", form="contrib")) == "clean.dead,quantize.contrib"
-    )
+    text = pipeline_text(HOST, Options(pipeline="clean.dead", form="contrib"))
+    assert text == "clean.dead,quantize.contrib,kv.contrib"
+
+
+@pytest.mark.parametrize("scheme", ["int8", "kivi2", "fp8 recent=8", "key=int8-head value=fp8"])
+def test_a_form_that_cannot_hold_a_cache_is_refused_at_once(scheme: str) -> None:
+    with pytest.raises(PassError, match="PORT-0283"):
+        pipeline_text(HOST, Options(kv=scheme, form="contrib"))
+    assert "kv.quantize" in pipeline_text(HOST, Options(kv=scheme))
+    assert "kv.quantize" in pipeline_text(HOST, Options(kv="fp8", form="contrib"))
 
 
 @pytest.mark.parametrize(

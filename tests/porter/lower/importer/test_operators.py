@@ -123,8 +123,9 @@ CASES: dict[str, Case] = {
     },
     "LeakyRelu alpha": Case("y = LeakyRelu<alpha=0.3>(x)", units=1),
     "Elu alpha": Case("y = Elu<alpha=0.3>(x)", units=APPROXIMATED),
-    # Pow: squares are products; ours and theirs are the C library's otherwise, of 1 unit each
+    # Pow: squares and cubes are products; ours and theirs are the C library's otherwise, of 1 unit each
     "Pow square": Case("y = Pow(x, w)", weights="float w = {2}"),
+    "Pow cube": Case("y = Pow(x, w)", weights="float w = {3}", units=4),  # two roundings, and theirs
     "Pow square by an integer": Case("y = Pow(x, w)", weights="int64 w = {2}"),
     **{
         f"Pow {e}": Case("a = Abs(x) y = Pow(a, w)", weights=f"float w = {{{e}}}", units=4)
