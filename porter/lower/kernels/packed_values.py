@@ -1,8 +1,8 @@
 """A tile's weighted sum of values from their codes: pairs of tokens side by side, a channel a lane.
 
-The codes of 32 channels of two tokens are spread to the bytes of two vectors, both of one channel next to each
-other, once for all rows; each row's weights of the pair, 8-bit integers, multiply them and add up in 16 bits
-over the tile. Channels have another order there, which the result keeps from tile to tile (`to_order`).
+The codes of 32 channels of two tokens are spread to the bytes of two vectors, both of one channel next to
+each other, once for all rows; each row's weights of the pair, 8-bit integers, multiply them and add up in 16
+bits over the tile. Channels have another order there, which the result keeps from tile to tile (`to_order`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class Values:
                 scaled = [vec.held(w * x[group]) for w, x in zip(mine, steps, strict=True)] if steps else mine
                 self._round(scaled, r, s)
                 if lows:
-                    low = [w * x[group] for w, x in zip(mine, lows, strict=True)]
+                    both = [(x[group], y[group]) for x, y in zip(lows, steps, strict=True)]
+                    both = [vec.lifted(low, step, self.codes.lifted) for low, step in both]
+                    low = [w * x for w, x in zip(mine, both, strict=True)]
                     store(self.base, vec.total(low), r * self.sets + s)
 
     def _token_steps(self, row: tuple[Expr, Expr], token: Expr) -> list[list[list[Expr]]]:

@@ -30,6 +30,11 @@ Buffers = dict[str, tirx.Buffer]
 Finish = Callable[[Expr, int, int], Expr]  # (number, first channel, lanes) -> number
 
 
+def padded(width: int) -> int:
+    """Channels of a tile's rows: whole registers."""
+    return -(-width // LANES) * LANES
+
+
 @dataclass(frozen=True)
 class Tile:
     """Where decoded tokens go: row r is `rows[r * padded]` on; channels past `width` stay 0."""

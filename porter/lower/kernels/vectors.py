@@ -17,7 +17,7 @@ def available() -> bool:
 
 
 def held(value: Expr) -> Expr:
-    """The value under a name. (A buffer, since TVM's simplifier writes the value of a `bind` into each use.)"""
+    """The value under a name. (TVM's simplifier would write the value of a `bind` into each use again.)"""
     kind, count = _kind(value)
     kept = local(count, kind)
     at = T.ramp(i64(0), 1, count) if count > 1 else i64(0)
@@ -84,8 +84,8 @@ def added_pairs(words: Expr) -> Expr:
 
 
 def bytes_at(vector: Expr, order: Sequence[int]) -> Expr:
-    """uint8x32 -> uint8x32: in each half of 16 bytes those of the order: 16 of them, or 32."""
-    control = repeated(order[:16], order[16:] or None)
+    """uint8x32 -> uint8x32: in each half of 16 bytes those of the order."""
+    control = repeated(order)
     return T.call_llvm_pure_intrin("uint8x32", "llvm.x86.avx2.pshuf.b", vector, control)
 
 
@@ -123,9 +123,9 @@ def flipped(vector: Expr, bits: Expr) -> Expr:
     return as_type(as_type(vector, "uint32x8") ^ as_type(bits, "uint32x8"), "uint8x32")
 
 
-def repeated(half: Sequence[int], other: Sequence[int] | None = None) -> Expr:
-    """uint8x32: constant halves of 16 bytes, both alike where only one is given."""
-    whole = [*half, *(half if other is None else other)]
+def repeated(half: Sequence[int]) -> Expr:
+    """uint8x32: 16 constant bytes in each half."""
+    whole = [*half, *half]
     words = [sum(b << (8 * i) for i, b in enumerate(whole[n : n + 4])) for n in range(0, 32, 4)]
     return as_type(ints([w - (1 << 32) if w >> 31 else w for w in words]), "uint8x32")
 
@@ -136,7 +136,7 @@ def both(a: Expr, b: Expr) -> Expr:
 
 
 def rounded_bytes(values: Sequence[Expr], signed: bool) -> Expr:
-    """Four float32x8 -> the nearest integers, ties to even, as int8x32 or uint8x32; beyond them they saturate."""
+    """Four float32x8 -> the nearest integers, ties to even, as int8x32 or uint8x32; they saturate."""
     whole = [T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx.cvt.ps2dq.256", v) for v in values]
     pack = "llvm.x86.avx2.packssdw"
     words = [T.call_llvm_pure_intrin("int16x16", pack, *whole[i : i + 2]) for i in (0, 2)]
@@ -148,6 +148,11 @@ def rounded_bytes(values: Sequence[Expr], signed: bool) -> Expr:
 def magnitude(value: Expr) -> Expr:
     """float32x8 without signs."""
     return as_type(as_type(value, "uint32x8") & spread(0x7FFFFFFF, 8, "uint32"), "float32x8")
+
+
+def lifted(value: Expr, step: Expr, steps: int) -> Expr:
+    """float32x8: value + steps * step."""
+    return step * T.broadcast(f32(float(steps)), 8) + value if steps else value
 
 
 def largest(values: Sequence[Expr]) -> Expr:
@@ -171,7 +176,7 @@ def _folded(values: Sequence[Expr], fold: object) -> Expr:
 
 
 def prefetch(buffer: tirx.Buffer, where: Sequence[Expr], tokens: int) -> None:
-    """Ask for rows of the last axis, from `where` on, so many of them; what lies beyond the end is no fault."""
+    """Ask for so many rows of the last axis from `where` on; what lies beyond the end is no fault."""
     bits = int("".join(c for c in str(buffer.dtype) if c.isdigit()))
     size = tokens * int(buffer.shape[-1]) * bits // 8
     for byte in range(0, size, 64):
