@@ -89,6 +89,12 @@ def bytes_at(vector: Expr, order: Sequence[int]) -> Expr:
     return T.call_llvm_pure_intrin("uint8x32", "llvm.x86.avx2.pshuf.b", vector, control)
 
 
+def looked_up(table: Sequence[float], places: Expr) -> Expr:
+    """Eight numbers, int32x8 -> float32x8: those at the places, of which the three lowest bits count."""
+    numbers = tirx.Shuffle([f32(x) for x in table], [tirx.IntImm("int32", i) for i in range(8)])
+    return T.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", numbers, places)
+
+
 def hidden_zero(size: Expr) -> Expr:
     """0 of a size, int64, of which LLVM does not know that it is below 2^62; uint16."""
     return held(tirx.Cast("uint16", size >> i64(62)))
