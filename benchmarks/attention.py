@@ -57,9 +57,7 @@ class Layout:
         arrays = [_random(rng, suffix, (1, *shape[1:]), dtype) for suffix, shape, dtype in given]
         self.bytes = sum(a.nbytes for a in arrays)
         layers = -(-ENOUGH // (2 * HEADS * context * SIZE * 2))
-        self.layers = [
-            [rest[0], *(tvm.runtime.tensor(a) for a in arrays), *rest[1:]] for _ in range(layers)
-        ]
+        self.layers = [[rest[0], *(tvm.runtime.tensor(a) for a in arrays), *rest[1:]] for _ in range(layers)]
 
     def run(self) -> float:
         """Seconds of one layer's attention, over a pass through all layers.

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from porter.lower.kernels import vectors as vec
+from porter.lower.kernels.decoded import Decoded
 from porter.lower.kernels.define import (
     Dim,
     Expr,
@@ -31,11 +33,10 @@ from porter.lower.kernels.define import (
     tanh,
     tirx,
 )
-from porter.lower.kernels import vectors as vec
 from porter.lower.kernels.packed import TILE, Codes, codes_of
 from porter.lower.kernels.packed_keys import Keys
 from porter.lower.kernels.packed_values import Values
-from porter.lower.kernels.stored import LANES, Cache, Source, Tile
+from porter.lower.kernels.stored import LANES, Cache, Source, padded
 
 ROWS = 8  # at most so many query heads share a decoded tile
 TASKS = 16  # one query's heads and pieces of the context: something for so many cores
@@ -100,10 +101,6 @@ def attention(spec: Attention) -> tirx.PrimFunc:
     return define(spec.name, buffers, body)
 
 
-def _up(size: int) -> int:
-    return -(-size // LANES) * LANES
-
-
 @dataclass(frozen=True)
 class _Kernel:
     """The body. A task is a query of some heads of one KV head (`rows`, alike in what they see) and a piece
@@ -135,7 +132,7 @@ class _Kernel:
                 self._result(place, state)
             return
         pieces = tirx.Select(steps == i64(1), i64(self.pieces), i64(1))
-        width = _up(spec.value.width)
+        width = padded(spec.value.width)
         outs = T.alloc_buffer((tasks * pieces, self.rows * width), "float32")
         ends = T.alloc_buffer((tasks * pieces, 2 * self.rows), "float32")
         with loop(tasks * pieces, "parallel") as part:
@@ -198,7 +195,7 @@ class _Kernel:
         each = (tiles + pieces - i64(1)) // pieces
         begin, end = vec.held(piece * each), tirx.min((piece + i64(1)) * each, tiles)
         count = vec.held(tirx.max(end - begin, i64(0)))
-        key_width, width = _up(spec.key.width), _up(spec.value.width)
+        key_width, width = padded(spec.key.width), padded(spec.value.width)
         query, state = local(self.rows * key_width), _State(self.rows, width)
         for r in range(self.rows):
             for d in range(spec.key.width, key_width):
@@ -206,9 +203,8 @@ class _Kernel:
             with loop(spec.key.width, "vectorized") as d:
                 value = self.at["q"][place.b, place.head + i64(r), place.i, d] * f32(spec.scale)
                 store(query, value, i64(r * key_width) + d)
-        work = _Work(
-            query, vec.scratch(self.rows * TILE), vec.scratch(TILE * max(key_width, width)), place, state, total_here
-        )
+        scores, tile = vec.scratch(self.rows * TILE), vec.scratch(TILE * max(key_width, width))
+        work = _Work(query, scores, tile, place, state, total_here)
         keys, values = self._multipliers(coded, query, state)
         with loop(count) as number:
             at = (begin + number) * i64(TILE) - i64(shift)
@@ -241,73 +237,32 @@ class _Kernel:
 
     def _keys(self, work: _Work, keys: Keys | None, first: Expr, last: Expr) -> None:
         """The scores of tokens from `first` to `last` - 1."""
-        spec, row = self.spec, (work.place.b, work.place.kv)
-
-        def decoded() -> None:
-            tile = Tile(work.tile, _up(spec.key.width))
-            self._clear(tile, spec.key.width)
-            spec.key.fill(self.at, "k", tile, row, (first, last), work.total)
-            self._scores(work.scores, work.query, tile)
-
+        row = (work.place.b, work.place.kv)
+        decoded = Decoded(self.spec.key, self.rows, self.at, "k", work.tile)
         if keys is None:
-            decoded()
+            decoded.scores(work.scores, work.query, row, (first, last), work.total)
             return
         with T.If(vec.held(keys.codes.whole(first, work.total))):
             with T.Then():
-                token = vec.held(first - i64(keys.codes.stored.scheme.sink))
-                keys.scores(work.query, work.scores, row, token)
+                keys.scores(work.query, work.scores, row, vec.held(keys.codes.coded(first)))
             with T.Else():
-                decoded()
+                decoded.scores(work.scores, work.query, row, (first, last), work.total)
 
     def _values(self, work: _Work, values: Values | None, first: Expr, last: Expr) -> None:
         """The weighted sum of those tokens' values."""
-        spec, row, state = self.spec, (work.place.b, work.place.kv), work.state
-
-        def decoded() -> None:
-            tile = Tile(work.tile, _up(spec.value.width))
-            spec.value.fill(self.at, "v", tile, row, (first, last), work.total)
-            self._weigh(state, work.scores, tile, last - first)
-
+        row, state = (work.place.b, work.place.kv), work.state
+        decoded = Decoded(self.spec.value, self.rows, self.at, "v", work.tile)
         if values is None:
-            decoded()
+            decoded.weigh(state.out, work.scores, state.fade, row, (first, last), work.total)
             return
         with T.If(vec.held(values.codes.whole(first, work.total))):
             with T.Then():
-                token = vec.held(first - i64(values.codes.stored.scheme.sink))
+                token = vec.held(values.codes.coded(first))
                 values.weigh(state.out, work.scores, state.fade, row, token)
             with T.Else():
                 values.to_order(state.out, back=True)
-                decoded()
+                decoded.weigh(state.out, work.scores, state.fade, row, (first, last), work.total)
                 values.to_order(state.out)
-
-    def _clear(self, tile: Tile, width: int) -> None:
-        """Channels past the width, which values may have overwritten: 0 times anything but NaN is 0."""
-        if tile.padded > width:
-            with loop(TILE) as t:
-                for d in range(width, tile.padded):
-                    store(tile.rows, f32(0), tile.at(t, d, 1))
-
-    def _scores(self, scores: tirx.Buffer, query: tirx.Buffer, keys: Tile) -> None:
-        """scores[r, t] = query r · key t, a few tokens at a time; rows of the tile past the last token are
-        anything."""
-        tokens = next(n for n in (8, 4, 2, 1) if n * self.rows <= 8 or n == 1)
-        count = tokens * self.rows
-        with loop(TILE // tokens) as number:
-            t, sums = number * i64(tokens), local(count * LANES)
-            with loop(count * LANES, "vectorized") as v:
-                store(sums, f32(0), v)
-            with loop(keys.padded // LANES) as chunk:
-                d = chunk * i64(LANES)
-                for r in range(self.rows):
-                    q = query[T.ramp(i64(r * keys.padded) + d, 1, LANES)]
-                    for j in range(tokens):
-                        at = T.ramp(i64((r * tokens + j) * LANES), 1, LANES)
-                        key = keys.rows[keys.at(t + i64(j), d, LANES)]
-                        T.buffer_store(sums, sums[at] + q * key, [at])
-            found = _added(sums, count)
-            for r in range(self.rows):
-                for j in range(tokens):
-                    store(scores, found[r * tokens + j], i64(r * TILE + j) + t)
 
     def _softmax(self, scores: tirx.Buffer, state: _State, place: _Place, first: Expr, count: Expr) -> None:
         """Scores to weights under the new maximum; the sums so far fade."""
@@ -347,23 +302,6 @@ class _Kernel:
         mask = self.at["mask"][tuple(index)]
         return tirx.Select(mask, value, f32(float("-inf"))) if spec.mask_dtype == "bool" else value + mask
 
-    def _weigh(self, state: _State, scores: tirx.Buffer, values: Tile, count: Expr) -> None:
-        """out = out * fade + weights · values."""
-        lanes = 2 * LANES if values.padded % (2 * LANES) == 0 and self.rows <= 4 else LANES
-        with loop(values.padded // lanes) as chunk:
-            d, sums = chunk * i64(lanes), local(self.rows * lanes)
-            with loop(self.rows * lanes, "vectorized") as v:
-                store(sums, f32(0), v)
-            with loop(count) as t:
-                for r in range(self.rows):
-                    at = T.ramp(i64(r * lanes), 1, lanes)
-                    weight = T.broadcast(scores[i64(r * TILE) + t], lanes)
-                    T.buffer_store(sums, sums[at] + weight * values.rows[values.at(t, d, lanes)], [at])
-            for r in range(self.rows):
-                at = T.ramp(i64(r * values.padded) + d, 1, lanes)
-                faded = state.out[at] * T.broadcast(state.fade[r], lanes)
-                T.buffer_store(state.out, faded + sums[T.ramp(i64(r * lanes), 1, lanes)], [at])
-
 
 @dataclass(frozen=True)
 class _Place:
@@ -399,18 +337,3 @@ class _State:
             store(self.total, f32(0), r)
         with loop(rows * width, "vectorized") as v:
             store(self.out, f32(0), v)
-
-
-def _added(sums: tirx.Buffer, count: int) -> tirx.Buffer:
-    """The sum of each of `count` registers: registers are added in pairs, so that one holds eight sums."""
-    vectors = [sums[T.ramp(i64(i * LANES), 1, LANES)] for i in range(count)]
-    neighbours = [(0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15)]
-    halves = [(0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)]
-    for order in (neighbours, neighbours, halves):
-        vectors += vectors[-1:] * (len(vectors) % 2)
-        kept = local(len(vectors) // 2 * LANES)
-        for i, (a, b) in enumerate(zip(vectors[::2], vectors[1::2], strict=True)):
-            both = [tirx.Shuffle([a, b], [tirx.IntImm("int32", lane) for lane in lanes]) for lanes in order]
-            T.buffer_store(kept, both[0] + both[1], [T.ramp(i64(i * LANES), 1, LANES)])
-        vectors = [kept[T.ramp(i64(i * LANES), 1, LANES)] for i in range(len(vectors) // 2)]
-    return kept

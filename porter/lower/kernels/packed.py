@@ -59,22 +59,33 @@ class Codes:
 
     @property
     def bias(self) -> int:
-        """What turned codes are above theirs."""
-        return 1 << (self.bits - 1) if self.signed else 0
+        """What is taken off codes without a sign: it makes them signed again. Those of 4 bits that have none
+        are centred so too, with minimums that are higher by as many steps: else what rounding the other
+        factor is off by would be multiplied by up to 15."""
+        return 1 << (self.bits - 1) if self.signed or self.bits == 4 else 0
+
+    @property
+    def lifted(self) -> int:
+        """By how many steps minimums are higher for it."""
+        return 0 if self.signed else self.bias
 
     @property
     def along_tokens(self) -> bool:
         """Do groups lie along tokens?"""
         return self.stored.side.along == "tokens"
 
-    def turned(self, packed: Expr, first: int, second: int | None = None) -> Expr:
+    def turned(self, packed: Expr, first: int) -> Expr:
         """uint8x32 of packed codes with their top bits turned, where they are signed; each half of 16 bytes
-        begins at byte `first` of a row, or the other one at `second`."""
+        begins at byte `first` of a row."""
         if not self.signed:
             return packed
         top = sum(1 << i for i in range(self.bits - 1, 24, self.bits))  # of 3 bytes: then it repeats
-        halves = [[(top >> (8 * ((byte + i) % 3))) & 255 for i in range(16)] for byte in (first, second or first)]
-        return vec.flipped(packed, vec.repeated(*halves))
+        half = [(top >> (8 * ((first + i) % 3))) & 255 for i in range(16)]
+        return vec.flipped(packed, vec.repeated(half))
+
+    def coded(self, token: Expr) -> Expr:
+        """The place of a token among the codes, which begin behind the sinks."""
+        return token - i64(self.stored.scheme.sink)
 
     def whole(self, first: Expr, total: Expr) -> Expr:
         """Is the tile from token `first` on one of codes alone?"""
@@ -84,14 +95,15 @@ class Codes:
 
 
 def codes_of(source: Source) -> Codes | None:
-    """The codes of a source, where there are any that this knows."""
-    if not (vec.available() and isinstance(source, Stored)):
+    """The codes of a source, where there are any that this knows. (The bounds of certified attention, which
+    has an exact copy, know nothing of rounded factors.)"""
+    if not (vec.available() and isinstance(source, Stored)) or source.scheme.copy:
         return None
     side = source.side
     packed = side.element[-1] in "234" and side.element.rstrip("234") in ("int", "uint")
     if not packed or side.static or side.more or not source.fits():
         return None
-    if source.width % (128 if side.bits == 2 else 64) or side.group % CHUNK:
+    if source.width % (2 * CHUNK) or side.group % CHUNK:
         return None
     if source.scheme.rounded(side, source.capacity) < TILE or (side.hybrid and not _signs_fit(source)):
         return None

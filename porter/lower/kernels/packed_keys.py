@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from porter.lower.kernels import vectors as vec
 from porter.lower.kernels.define import Expr, T, f32, i64, local, loop, store, tirx
 from porter.lower.kernels.packed import CHUNK, TILE, Codes
-from porter.lower.kernels.steps import float_steps, steps_of_tokens
+from porter.lower.kernels.steps import float_steps, prefetch_steps, steps_of_tokens
 from porter.lower.kernels.stored import LANES, Buffers
 
 LIMIT = 127  # of a query's integers
@@ -54,11 +54,10 @@ class Keys:
     def _round(self, values: list[Expr], r: int, chunk: int) -> None:
         """A chunk of a row to integers, in the order of codes."""
         place = r * self.codes.chunks + chunk
-        top = vec.held(vec.largest([tirx.max(x, T.broadcast(f32(0), LANES) - x) for x in values]))
+        top = vec.held(vec.largest([vec.magnitude(x) for x in values]))
         store(self.scale, top * f32(1 / LIMIT), place)
         inverse = T.broadcast(vec.held(f32(LIMIT) / tirx.max(top, f32(TINY))), LANES)
-        whole = [vec.rounded_bits(x * inverse) for x in values]
-        numbers = tirx.Cast("int8x32", vec.picked(whole, range(CHUNK)))
+        numbers = vec.rounded_bytes([x * inverse for x in values], signed=True)
         ordered = vec.held(vec.bytes_at(vec.as_type(numbers, "uint8x32"), ORDER[self.codes.bits]))
         fours = vec.as_type(ordered, "int32x8")
         for i in range(LANES):
@@ -68,7 +67,8 @@ class Keys:
             ones = vec.as_type(vec.spread(0x01010101, LANES), "uint8x32")
             found = vec.total([vec.added_pairs(vec.words_of(ones, vec.as_type(ordered, "int8x32")))])
             # In the lower of the two words that are added last; its sums may wrap, their end fits.
-            store(self.bias, (found * tirx.IntImm("int32", -self.codes.bias)) & tirx.IntImm("int32", 0xFFFF), place)
+            less = (found * tirx.IntImm("int32", -self.codes.bias)) & tirx.IntImm("int32", 0xFFFF)
+            store(self.bias, less, place)
         if self._minimum is not None and not self.codes.along_tokens:
             store(self.sum, vec.total(values), place)
 
@@ -76,25 +76,27 @@ class Keys:
     def _minimum(self) -> tirx.Buffer | None:
         return self.at.get(f"{self.name}_min")
 
-    def scores(
-        self, query: tirx.Buffer, scores: tirx.Buffer, row: tuple[Expr, Expr], token: Expr
-    ) -> None:
+    def scores(self, query: tirx.Buffer, scores: tirx.Buffer, row: tuple[Expr, Expr], token: Expr) -> None:
         """scores[r, t] of the 32 tokens from `token`, counted from the first code, on."""
         if self.codes.along_tokens:
             self._fold_steps(query, row, token)
+        prefetch_steps(self.codes, self.at, self.name, row, token)
         with loop(TILE // LANES) as block:
             first = vec.held(token + block * i64(LANES))
             sums = local(self.rows * LANES)
+            vec.prefetch(self.at[f"{self.name}_codes"], (*row, first + i64(TILE)), LANES)
             for r in range(self.rows):
                 start = self.base[r] if self.codes.along_tokens and self._minimum is not None else f32(0)
                 vec.put(sums, T.broadcast(start, LANES), r * LANES, LANES)
             steps, lows = self._steps(row, first)
-            # 0, which LLVM does not know: else it loads all integers before the loop, only to store them again.
+            # 0, which LLVM does not know: else it loads all integers before the loop, and stores them again.
             here = vec.held(block * tirx.Cast("int64", self.zero))
             for chunk, words in self._words(row, first):
                 self._multiply(sums, chunk, words, steps, lows, here)
             for r in range(self.rows):
-                vec.put(scores, vec.load(sums, (), r * LANES, LANES), i64(r * TILE) + block * i64(LANES), LANES)
+                vec.put(
+                    scores, vec.load(sums, (), r * LANES, LANES), i64(r * TILE) + block * i64(LANES), LANES
+                )
 
     def _fold_steps(self, query: tirx.Buffer, row: tuple[Expr, Expr], token: Expr) -> None:
         """The query times a group's steps, rounded; and times its minimums, summed."""
@@ -104,7 +106,8 @@ class Keys:
         for chunk in range(codes.chunks):
             place = [chunk * CHUNK + i for i in range(0, CHUNK, LANES)]
             steps = [vec.held(float_steps(self.at[f"{self.name}_scale"], group, i)) for i in place]
-            low = [] if self._minimum is None else [vec.held(float_steps(self._minimum, group, i)) for i in place]
+            low = [] if self._minimum is None else [float_steps(self._minimum, group, i) for i in place]
+            low = [vec.held(vec.lifted(x, step, codes.lifted)) for x, step in zip(low, steps, strict=False)]
             for r in range(self.rows):
                 values = [vec.load(query, (), i, LANES) for i in self._at(r, chunk)]
                 self._round([vec.held(x * step) for x, step in zip(values, steps, strict=True)], r, chunk)
@@ -119,8 +122,9 @@ class Keys:
         if self.codes.along_tokens:
             return [], []
         names = (f"{self.name}_scale", f"{self.name}_min")
-        found = [steps_of_tokens(self.at[n], row, token) if n in self.at else [] for n in names]
-        return found[0], found[1]
+        steps, lows = (steps_of_tokens(self.at[n], row, token) if n in self.at else [] for n in names)
+        lifted = zip(lows, steps, strict=False)
+        return steps, [vec.held(vec.lifted(x, step, self.codes.lifted)) for x, step in lifted]
 
     def _words(self, row: tuple[Expr, Expr], token: Expr) -> Iterator[tuple[int, list[Expr]]]:
         """Each chunk, and its eight vectors of bytes in the order of channels."""
@@ -157,7 +161,12 @@ class Keys:
         return [vec.held(vec.picked(pairs[i : i + 2], o)) for i in (0, 2) for o in (low, high)]
 
     def _multiply(
-        self, sums: tirx.Buffer, chunk: int, words: list[Expr], steps: list[Expr], lows: list[Expr],
+        self,
+        sums: tirx.Buffer,
+        chunk: int,
+        words: list[Expr],
+        steps: list[Expr],
+        lows: list[Expr],
         here: Expr,
     ) -> None:
         """sums[r] += a chunk's products."""

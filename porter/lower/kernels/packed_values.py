@@ -1,8 +1,8 @@
 """A tile's weighted sum of values from their codes: pairs of tokens side by side, a channel a lane.
 
-The codes of two tokens are spread to bytes, those of one channel next to each other, once for all rows; each
-row's weights of the pair, 8-bit integers, multiply them and add up in 16 bits over the tile. Channels have
-another order there, which the result keeps from tile to tile (`to_order`, `to_channels`).
+The codes of 32 channels of two tokens are spread to the bytes of two vectors, both of one channel next to
+each other, once for all rows; each row's weights of the pair, 8-bit integers, multiply them and add up in 16
+bits over the tile. Channels have another order there, which the result keeps from tile to tile (`to_order`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from porter.lower.kernels import vectors as vec
 from porter.lower.kernels.define import Expr, T, f32, i64, local, loop, store, tirx
 from porter.lower.kernels.packed import CHUNK, TILE, Codes
 from porter.lower.kernels.packed_keys import TINY, WINDOWS, _bits
-from porter.lower.kernels.steps import float_steps, steps_of_tokens
+from porter.lower.kernels.steps import prefetch_steps, steps_of_tokens
 from porter.lower.kernels.stored import LANES, Buffers
 
 LIMIT = 255  # of weights' integers
@@ -31,15 +31,12 @@ class Values:
         self.bias = local(rows * self.sets * self.parts, "int32")
         self.sum = local(rows)  # of a row's rounded weights
         self.base = local(rows * codes.chunks)  # what minimums along channels add to a chunk
-        self.span = 128 if codes.bits == 2 else 64  # channels that a vector of packed codes has
-        self.vectors = self.span * 2 // 32
         self.signs = local(codes.width // 4, "uint8")  # of hybrid codes of 2 bits, which top bits to turn
-        self.bytes = vec.scratch(PAIRS * self.vectors * 32, "uint8")
 
     def channels(self, index: int) -> list[int]:
-        """The eight channels of a chunk's vector `index`."""
+        """The eight channels of quarter `index` of a chunk: vector i has quarters 2 i and 2 i + 1."""
         if self.codes.bits == 4:
-            return [16 * (index // 2) + 2 * y + index % 2 for y in range(LANES)]
+            return [16 * (index % 2) + 2 * y + index // 2 for y in range(LANES)]
         return [4 * y + index for y in range(LANES)]
 
     def to_order(self, out: tirx.Buffer, back: bool = False) -> None:
@@ -56,13 +53,12 @@ class Values:
         self, out: tirx.Buffer, weights: tirx.Buffer, fade: tirx.Buffer, row: tuple[Expr, Expr], token: Expr
     ) -> None:
         """out[r] = out[r] * fade[r] + weights · values of the 32 tokens from `token` on."""
+        prefetch_steps(self.codes, self.at, self.name, row, token)
         self._round_weights(weights, row, token)
         steps = self._channel_steps(row, token)
-        for span in range(self.codes.width // self.span):
-            self._spread(row, token, span)
-            for index in range(0, self.vectors, 2):
-                for part in range(self.parts):
-                    self._multiply(out, fade, span, index, part, steps)
+        for chunk in range(self.codes.chunks):
+            for part in range(self.parts):
+                self._multiply(out, fade, row, token, chunk, part, steps)
 
     @property
     def _minimum(self) -> tirx.Buffer | None:
@@ -77,7 +73,9 @@ class Values:
                 scaled = [vec.held(w * x[group]) for w, x in zip(mine, steps, strict=True)] if steps else mine
                 self._round(scaled, r, s)
                 if lows:
-                    low = [w * x[group] for w, x in zip(mine, lows, strict=True)]
+                    both = [(x[group], y[group]) for x, y in zip(lows, steps, strict=True)]
+                    both = [vec.lifted(low, step, self.codes.lifted) for low, step in both]
+                    low = [w * x for w, x in zip(mine, both, strict=True)]
                     store(self.base, vec.total(low), r * self.sets + s)
 
     def _token_steps(self, row: tuple[Expr, Expr], token: Expr) -> list[list[list[Expr]]]:
@@ -96,8 +94,7 @@ class Values:
         scale = vec.held(top * f32(1 / LIMIT))
         store(self.scale, scale, place)
         inverse = T.broadcast(vec.held(f32(LIMIT) / tirx.max(top, f32(TINY))), LANES)
-        whole = [vec.rounded_bits(w * inverse) for w in weights]
-        numbers = vec.held(tirx.Cast("uint8x32", vec.picked(whole, range(TILE))))
+        numbers = vec.held(vec.rounded_bytes([w * inverse for w in weights], signed=False))
         words = vec.as_type(numbers, "uint16x16")
         for half in range(2):
             twice = vec.picked([words], [8 * half + i // 2 for i in range(16)])
@@ -162,106 +159,88 @@ class Values:
                 top = sign if top is None else top | sign
             vec.put(self.signs, tirx.Cast("uint8x8", top), 8 * chunk, LANES)
 
-    def _spread(self, row: tuple[Expr, Expr], token: Expr, span: int) -> None:
-        """The bytes of a span of channels."""
-        with loop(PAIRS) as pair:
-            first = token + pair * i64(2)
-            make = self._threes if self.codes.bits == 3 else self._even
-            for i, vector in enumerate(make((*row, first), (*row, first + i64(1)), span)):
-                vec.put(self.bytes, vector, pair * i64(self.vectors * 32) + i64(32 * i), 32)
+    def _bytes(self, row: tuple[Expr, Expr], token: Expr, chunk: int) -> list[Expr]:
+        """The two vectors of a chunk of the tokens `token` and `token` + 1."""
+        bits = self.codes.bits
+        size = 4 * bits if bits == 2 else 16  # bytes that are read
+        first = min(4 * bits * chunk, self.codes.width * bits // 8 - size)
+        buffer = self.at[f"{self.name}_codes"]
+        both = [vec.load(buffer, (*row, token + i64(i)), first, size) for i in range(2)]
+        if bits == 3:
+            order = [4 * bits * chunk - first + i for i in WINDOWS]
+            both = [vec.picked([x], [*range(16)] * 2) for x in both]
+            both = [vec.bytes_at(self.codes.turned(x, first), order) for x in both]
+            return self._threes(*(vec.held(vec.as_type(x, "uint16x16")) for x in both))
+        beside = [i // 2 + size * (i % 2) for i in range(2 * size)]
+        pairs = vec.picked(both, beside * (2 if bits == 2 else 1))
+        words = vec.held(vec.as_type(self._turned(pairs, chunk), "uint32x8"))
+        if bits == 4:
+            return [_bits(words, shift, bits) for shift in (0, 4)]
+        shifts = [vec.ints([first] * 4 + [first + 2] * 4, "uint32") for first in (0, 4)]
+        return [vec.masked(vec.as_type(words >> s, "uint8x32"), 0x03030303) for s in shifts]
 
-    def _even(self, near: tuple[Expr, ...], far: tuple[Expr, ...], span: int) -> list[Expr]:
-        """2 and 4 bits: bytes of both tokens side by side, then shifts."""
-        bits, buffer = self.codes.bits, self.at[f"{self.name}_codes"]
-        both = [self._turned(vec.load(buffer, where, 32 * span, 32), span) for where in (near, far)]
-        both = [vec.held(x) for x in both]
-        found = []
-        for half in (0, 8):
-            order = [16 * lane + half + i // 2 + 32 * (i % 2) for lane in range(2) for i in range(16)]
-            words = vec.held(vec.as_type(vec.picked(both, order), "uint32x8"))
-            found += [_bits(words, bits * k, bits) for k in range(8 // bits)]
-        return found
-
-    def _turned(self, packed: Expr, span: int) -> Expr:
+    def _turned(self, pairs: Expr, chunk: int) -> Expr:
+        """2 and 4 bits."""
         if self.codes.stored.side.hybrid:
-            return vec.flipped(packed, vec.load(self.signs, (), 32 * span, 32))
-        return self.codes.turned(packed, 32 * span)
+            mine = vec.load(self.signs, (), 8 * chunk, 8)
+            return vec.flipped(pairs, vec.picked([mine], [i // 2 % 8 for i in range(32)]))
+        return self.codes.turned(pairs, 0)
 
-    def _threes(self, near: tuple[Expr, ...], far: tuple[Expr, ...], span: int) -> list[Expr]:
-        """3 bits: two chunks of 12 bytes, in words that hold four codes each."""
-        buffer, words = self.at[f"{self.name}_codes"], []
-        for where in (near, far):
-            halves = [vec.load(buffer, where, 24 * span + byte, 16) for byte in (0, 8)]
-            both = self.codes.turned(vec.picked(halves, range(32)), 24 * span, 24 * span + 8)
-            both = vec.bytes_at(both, [*WINDOWS, *(i + 4 for i in WINDOWS)])
-            words.append(vec.held(vec.as_type(both, "uint16x16")))
-        a, b = words
-        moved = [vec.held(vec.shifted_up(x, (4, 0), self.zero)) for x in words]  # codes 0 at bit 4, 2 at bit 10
-        low = [moved[0] >> vec.spread(4, 16, "uint16"), *(vec.shifted_down(a, s) for s in ((3, 7), (6, 10), (9, 13)))]
-        high = [vec.shifted_up(b, (8, 4), self.zero), vec.shifted_up(b, (5, 1), self.zero), moved[1] >> vec.spread(2, 16, "uint16"),
-                vec.shifted_down(b, (1, 5))]  # fmt: skip
-        return [
-            vec.both(vec.masked(vec.as_type(x, "uint8x32"), 0x00070007), vec.masked(vec.as_type(y, "uint8x32"), 0x07000700))
-            for x, y in zip(low, high, strict=True)
-        ]
-
-    def _place(self, span: int, index: int) -> list[tuple[int, int]]:
-        """(chunk, vector of it) of the two halves of a vector."""
-        first = span * self.span // CHUNK
-        if self.codes.bits == 2:
-            first += index // 4
-            return [(first, index % 4), (first + 2, index % 4)]
-        return [(first, index), (first + 1, index)]
+    def _threes(self, near: Expr, far: Expr) -> list[Expr]:
+        """Words, as `WINDOWS` has them, alike in both halves. Their codes 0 to 3 begin at bits 0 3 6 9 of the
+        first, and 4 to 7 at 4 7 10 13 of the second; of the nearer token they come to bit 0, of the other
+        one to bit 8."""
+        up, down = (8, 4, 5, 1), (6, 10, 9, 13)
+        moved = [vec.shifted_up(x, up, self.zero) for x in (near, far)]
+        low = [moved[0] >> vec.spread(8, 16, "uint16"), vec.shifted_down(near, down)]
+        high = [moved[1], vec.shifted_down(far, down) << vec.spread(8, 16, "uint16")]
+        low = [vec.masked(vec.as_type(x, "uint8x32"), 0x00070007) for x in low]
+        high = [vec.masked(vec.as_type(x, "uint8x32"), 0x07000700) for x in high]
+        return [vec.both(a, b) for a, b in zip(low, high, strict=True)]
 
     def _multiply(
-        self, out: tirx.Buffer, fade: tirx.Buffer, span: int, index: int, part: int, steps: list[tirx.Buffer]
-    ) -> None:
-        """Two vectors of a span, all rows: products of a part of the tile's pairs, added to the result."""
-        places = [self._place(span, index + i) for i in range(2)]
+        self, out: tirx.Buffer, fade: tirx.Buffer, row: tuple[Expr, Expr], token: Expr, chunk: int, part: int,
+        steps: list[tirx.Buffer],
+    ) -> None:  # fmt: skip
+        """A chunk, all rows: products of a part of the tile's pairs, added to the result."""
         sums, each = local(self.rows * 2 * 16, "int16"), PAIRS // self.parts
-        sets = [0, 0] if self.codes.along_tokens else [chunk for chunk, _ in places[0]]
+        s = 0 if self.codes.along_tokens else chunk
         for r in range(self.rows):
             for i in range(2):
-                vec.put(sums, self._start(r, sets, part), (2 * r + i) * 16, 16)
+                vec.put(sums, self._start(r, s, part), (2 * r + i) * 16, 16)
         with loop(each // UNROLLED) as step:
             for j in range(UNROLLED):
-                self._step(sums, sets, step * i64(UNROLLED) + i64(part * each + j), index)
+                pair = step * i64(UNROLLED) + i64(part * each + j)
+                first = token + pair * i64(2)
+                if j % 2 == 0 and chunk == 0:
+                    vec.prefetch(self.at[f"{self.name}_codes"], (*row, first + i64(TILE)), 4)
+                code = [vec.held(vec.as_type(x, "int8x32")) for x in self._bytes(row, first, chunk)]
+                for r in range(self.rows):
+                    word = self.pairs[i64((r * self.sets + s) * PAIRS) + pair]
+                    numbers = vec.held(vec.as_type(vec.spread(word, LANES), "uint8x32"))
+                    for i in range(2):
+                        at = (2 * r + i) * 16
+                        vec.put(sums, vec.load(sums, (), at, 16) + vec.words_of(numbers, code[i]), at, 16)
         for r in range(self.rows):
             for i in range(2):
-                self._add(out, fade, sums, r, i, places[i], part, steps)
+                self._add(out, fade, sums, r, i, chunk, part, steps)
 
-    def _step(self, sums: tirx.Buffer, sets: list[int], pair: Expr, index: int) -> None:
-        """A pair's products."""
-        code = []
-        for i in range(2):
-            at = (pair * i64(self.vectors) + i64(index + i)) * i64(32)
-            code.append(vec.held(vec.as_type(vec.load(self.bytes, (), at, 32), "int8x32")))
-        for r in range(self.rows):
-            numbers = vec.held(self._numbers(r, sets, pair))
-            for i in range(2):
-                at = (2 * r + i) * 16
-                vec.put(sums, vec.load(sums, (), at, 16) + vec.words_of(numbers, code[i]), at, 16)
-
-    def _start(self, r: int, sets: list[int], part: int) -> Expr:
-        if not self.codes.bias or self._low_along_tokens:
-            return vec.as_type(vec.spread(0, LANES), "int16x16")
-        words = [self.bias[(r * self.sets + s) * self.parts + part] for s in sets]
-        return vec.as_type(_halves(words), "int16x16")
-
-    def _numbers(self, r: int, sets: list[int], pair: Expr) -> Expr:
-        words = [self.pairs[i64((r * self.sets + s) * PAIRS) + pair] for s in sets]
-        return vec.as_type(_halves(words), "uint8x32")
+    def _start(self, r: int, s: int, part: int) -> Expr:
+        """What the codes' bias takes off the sums, to begin with."""
+        biased = self.codes.bias and not self._low_along_tokens
+        word = self.bias[(r * self.sets + s) * self.parts + part] if biased else 0
+        return vec.as_type(vec.spread(word, LANES), "int16x16")
 
     def _add(
-        self, out: tirx.Buffer, fade: tirx.Buffer, sums: tirx.Buffer, r: int, i: int,
-        places: list[tuple[int, int]], part: int, steps: list[tirx.Buffer],
+        self, out: tirx.Buffer, fade: tirx.Buffer, sums: tirx.Buffer, r: int, i: int, chunk: int, part: int,
+        steps: list[tirx.Buffer],
     ) -> None:  # fmt: skip
         kind = "int16" if self.codes.bias and not self._low_along_tokens else "uint16"
         found = vec.as_type(vec.load(sums, (), (2 * r + i) * 16, 16), f"{kind}x16")
-        for half, (chunk, index) in enumerate(places):
+        for half in range(2):
             mine = vec.picked([found], range(8 * half, 8 * half + 8))
             value = tirx.Cast("float32x8", tirx.Cast("int32x8", mine))
-            at, s = chunk * CHUNK + 8 * index, 0 if self.codes.along_tokens else chunk
+            at, s = chunk * CHUNK + 8 * (2 * i + half), 0 if self.codes.along_tokens else chunk
             before = vec.load(out, (), r * self.codes.width + at, LANES)
             if part == 0:
                 before = before * T.broadcast(fade[r], LANES)
@@ -273,10 +252,3 @@ class Values:
                 value = value * vec.load(steps[0], (), at, LANES)
             after = value * T.broadcast(self.scale[r * self.sets + s], LANES) + before
             vec.put(out, after, r * self.codes.width + at, LANES)
-
-
-def _halves(words: list[Expr]) -> Expr:
-    """int32x8: one number in the lower four lanes, and one in the upper."""
-    if words[0] is words[1] or str(words[0]) == str(words[1]):
-        return vec.spread(words[0], LANES)
-    return vec.picked([vec.spread(w, 4) for w in words], range(LANES))

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from porter.lower.kernels import vectors as vec
 from porter.lower.kernels.define import Expr, i64, tirx
-from porter.lower.kernels.stored import LANES
+from porter.lower.kernels.packed import TILE, Codes
+from porter.lower.kernels.stored import LANES, Buffers
 
 
 def float_steps(buffer: tirx.Buffer, where: tuple[Expr, Expr, Expr], channel: int) -> Expr:
     """Those of eight channels from `channel` on, where each has its own."""
     return tirx.Cast("float32x8", vec.load(buffer, where, channel, LANES))
+
+
+def prefetch_steps(codes: Codes, at: Buffers, name: str, row: tuple[Expr, Expr], token: Expr) -> None:
+    """Ask for those of the tile after the one from `token` on."""
+    for suffix in ("_scale", "_min"):
+        if name + suffix in at:
+            after = token + i64(TILE)
+            place = after // i64(codes.stored.side.group) if codes.along_tokens else after
+            vec.prefetch(at[name + suffix], (*row, place), 1 if codes.along_tokens else TILE)
 
 
 def steps_of_tokens(buffer: tirx.Buffer, row: tuple[Expr, Expr], token: Expr) -> list[Expr]:

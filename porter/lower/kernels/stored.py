@@ -19,6 +19,7 @@ from porter.kv import codebook
 from porter.kv.layout import buffers as planned
 from porter.kv.layout import row_bytes
 from porter.kv.scheme import Scheme, Side
+from porter.lower.kernels import vectors as vec
 from porter.lower.kernels.codecs import CODECS
 from porter.lower.kernels.define import Dim, Expr, Spec, T, define, f32, i64, local, loop, store, tirx
 
@@ -28,6 +29,11 @@ WIDE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 WHOLE = ("", *WIDE, "int8", "e4m3fn", "e5m2")  # a code a word
 Buffers = dict[str, tirx.Buffer]
 Finish = Callable[[Expr, int, int], Expr]  # (number, first channel, lanes) -> number
+
+
+def padded(width: int) -> int:
+    """Channels of a tile's rows: whole registers."""
+    return -(-width // LANES) * LANES
 
 
 @dataclass(frozen=True)
@@ -373,7 +379,8 @@ class _Rows:
         mask = _spread(tirx.IntImm("int32", (1 << bits) - 1), lanes)
         plain = (word >> down) & mask
         if self.element.startswith("lloyd"):
-            return _centroids(plain, bits, lanes)
+            looked_up = lanes == LANES and vec.available()
+            return _looked_up(word >> down, bits) if looked_up else _centroids(plain, bits, lanes)
         code = plain if self.element.startswith("uint") else signed
         wide = None if self.unsigned is None else self.unsigned(self.channel + channel, lanes)
         if wide is not None:
@@ -383,6 +390,16 @@ class _Rows:
 
 def _steps(first: int, step: int, lanes: int) -> Expr:
     return T.ramp(tirx.IntImm("int32", first), step, lanes) if lanes > 1 else tirx.IntImm("int32", first)
+
+
+def _looked_up(code: Expr, bits: int) -> Expr:
+    """centroid[code] of eight int32 codes in the lowest bits, with anything above them."""
+    table = [float(c) for c in codebook.table(bits)[0]]
+    if bits < 4:
+        return vec.looked_up((table * 4)[:LANES], code)
+    code = vec.held(code)
+    upper = (code & _spread(tirx.IntImm("int32", 8), LANES)) != _spread(tirx.IntImm("int32", 0), LANES)
+    return tirx.Select(upper, *(vec.looked_up(half, code) for half in (table[8:], table[:8])))
 
 
 def _centroids(code: Expr, bits: int, lanes: int) -> Expr:

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 from porter.lower.kernels.define import Expr, T, f32, i64, local, tirx
 
-MAGIC = 1.5 * 2**23  # added to a float32 below 2^22, leaves it rounded to an integer in the lowest bits
-
 
 def available() -> bool:
     """Is compiled code for a processor that has them? (`porter.lower.build.BASELINE`)"""
@@ -19,9 +17,9 @@ def available() -> bool:
 
 
 def held(value: Expr) -> Expr:
-    """The value under a name. (A buffer, since TVM's simplifier writes the value of a `bind` into each use.)"""
-    kind, _, lanes = repr(value.ty).removeprefix("T.").partition("x")
-    kept, count = local(int(lanes or 1), kind), int(lanes or 1)
+    """The value under a name. (TVM's simplifier would write the value of a `bind` into each use again.)"""
+    kind, count = _kind(value)
+    kept = local(count, kind)
     at = T.ramp(i64(0), 1, count) if count > 1 else i64(0)
     T.buffer_store(kept, value, [at])
     return kept[at]
@@ -47,7 +45,14 @@ def spread(value: Expr | int, lanes: int, dtype: str = "int32") -> Expr:
 
 def picked(vectors: Sequence[Expr], order: Sequence[int]) -> Expr:
     """Lanes of the vectors, counted through all of them."""
-    return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", i) for i in order])
+    enough = -(-len(order) // sum(_kind(v)[1] for v in vectors))  # TVM wants no more lanes than there are
+    return tirx.Shuffle([*vectors] * enough, [tirx.IntImm("int32", i) for i in order])
+
+
+def _kind(value: Expr) -> tuple[str, int]:
+    """The type of a lane, and how many there are."""
+    kind, _, lanes = repr(value.ty).removeprefix("T.").partition("x")
+    return kind, int(lanes or 1)
 
 
 def load(buffer: tirx.Buffer, where: Sequence[Expr], first: Expr | int, lanes: int) -> Expr:
@@ -79,9 +84,15 @@ def added_pairs(words: Expr) -> Expr:
 
 
 def bytes_at(vector: Expr, order: Sequence[int]) -> Expr:
-    """uint8x32 -> uint8x32: in each half of 16 bytes those of the order: 16 of them, or 32."""
-    control = repeated(order[:16], order[16:] or None)
+    """uint8x32 -> uint8x32: in each half of 16 bytes those of the order."""
+    control = repeated(order)
     return T.call_llvm_pure_intrin("uint8x32", "llvm.x86.avx2.pshuf.b", vector, control)
+
+
+def looked_up(table: Sequence[float], places: Expr) -> Expr:
+    """Eight numbers, int32x8 -> float32x8: those at the places, of which the three lowest bits count."""
+    numbers = tirx.Shuffle([f32(x) for x in table], [tirx.IntImm("int32", i) for i in range(8)])
+    return T.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", numbers, places)
 
 
 def hidden_zero(size: Expr) -> Expr:
@@ -90,8 +101,8 @@ def hidden_zero(size: Expr) -> Expr:
 
 
 def shifted_up(words: Expr, shifts: Sequence[int], zero: Expr) -> Expr:
-    """uint16x16: each word by its own shift, a pattern that repeats. AVX2 has no such shift of words, and LLVM
-    would take three instructions for a product with powers of two that it knows; `zero` hides them."""
+    """uint16x16: each word by its own shift. AVX2 has no such shift of words, and LLVM would take three
+    instructions for a product with powers of two that it knows; `zero` hides them."""
     return words * (_powers([1 << n for n in shifts]) + T.broadcast(zero, 16))
 
 
@@ -102,7 +113,10 @@ def shifted_down(words: Expr, shifts: Sequence[int]) -> Expr:
 
 
 def _powers(pattern: Sequence[int]) -> Expr:
-    return ints([pattern[i % len(pattern)] for i in range(16)], "uint16")
+    """Of two words a lane, or of two words a lane in each half."""
+    half = len(pattern) // 2
+    whole = pattern * 8 if half == 1 else [*pattern[:2] * 4, *pattern[2:] * 4]
+    return ints(whole, "uint16")
 
 
 def masked(vector: Expr, mask: int) -> Expr:
@@ -115,9 +129,9 @@ def flipped(vector: Expr, bits: Expr) -> Expr:
     return as_type(as_type(vector, "uint32x8") ^ as_type(bits, "uint32x8"), "uint8x32")
 
 
-def repeated(half: Sequence[int], other: Sequence[int] | None = None) -> Expr:
-    """uint8x32: constant halves of 16 bytes, both alike where only one is given."""
-    whole = [*half, *(half if other is None else other)]
+def repeated(half: Sequence[int]) -> Expr:
+    """uint8x32: 16 constant bytes in each half."""
+    whole = [*half, *half]
     words = [sum(b << (8 * i) for i, b in enumerate(whole[n : n + 4])) for n in range(0, 32, 4)]
     return as_type(ints([w - (1 << 32) if w >> 31 else w for w in words]), "uint8x32")
 
@@ -127,9 +141,24 @@ def both(a: Expr, b: Expr) -> Expr:
     return as_type(as_type(a, "uint32x8") | as_type(b, "uint32x8"), "uint8x32")
 
 
-def rounded_bits(value: Expr) -> Expr:
-    """float32x8 with magnitudes below 2^22 -> int32x8 whose lowest bits are those of the nearest integer."""
-    return as_type(value + T.broadcast(f32(MAGIC), 8), "int32x8")
+def rounded_bytes(values: Sequence[Expr], signed: bool) -> Expr:
+    """Four float32x8 -> the nearest integers, ties to even, as int8x32 or uint8x32; they saturate."""
+    whole = [T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx.cvt.ps2dq.256", v) for v in values]
+    pack = "llvm.x86.avx2.packssdw"
+    words = [T.call_llvm_pure_intrin("int16x16", pack, *whole[i : i + 2]) for i in (0, 2)]
+    pack, kind = ("packsswb", "int8x32") if signed else ("packuswb", "uint8x32")
+    mixed = T.call_llvm_pure_intrin(kind, f"llvm.x86.avx2.{pack}", *words)  # in each half, of all four
+    return as_type(picked([as_type(mixed, "int32x8")], (0, 4, 1, 5, 2, 6, 3, 7)), kind)
+
+
+def magnitude(value: Expr) -> Expr:
+    """float32x8 without signs."""
+    return as_type(as_type(value, "uint32x8") & spread(0x7FFFFFFF, 8, "uint32"), "float32x8")
+
+
+def lifted(value: Expr, step: Expr, steps: int) -> Expr:
+    """float32x8: value + steps * step."""
+    return step * T.broadcast(f32(float(steps)), 8) + value if steps else value
 
 
 def largest(values: Sequence[Expr]) -> Expr:
@@ -153,7 +182,7 @@ def _folded(values: Sequence[Expr], fold: object) -> Expr:
 
 
 def prefetch(buffer: tirx.Buffer, where: Sequence[Expr], tokens: int) -> None:
-    """Ask for rows of the last axis, from `where` on, so many of them; what lies beyond the end is no fault."""
+    """Ask for so many rows of the last axis from `where` on; what lies beyond the end is no fault."""
     bits = int("".join(c for c in str(buffer.dtype) if c.isdigit()))
     size = tokens * int(buffer.shape[-1]) * bits // 8
     for byte in range(0, size, 64):
