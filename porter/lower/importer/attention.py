@@ -15,10 +15,12 @@ from porter.lower.importer.parts import joined
 from porter.lower.importer.precision import cast, in_float32
 from porter.lower.importer.program import Importer
 from porter.lower.importer.quantized import shape_of
+from porter.lower.importer.residual import extended, joined_halves, source
 from porter.lower.importer.values import Quantized, StoredCache, Value
 from porter.lower.kernels import attention as kernels
 from porter.lower.kernels.cache import append
 from porter.lower.kernels.norm import rms_norm
+from porter.lower.kernels.residual import Residual
 from porter.lower.kernels.rotary import rotary
 from porter.lower.kernels.stored import Source
 
@@ -58,7 +60,7 @@ def _attention(
         offset="lengths" if lengths is not None else "end" if past_key is not None else "start",
         softcap=float(attribute(node, "softcap", 0.0)),
     )
-    args = [query, *k_args, *v_args]
+    args = [extended(imp, query, keys), *k_args, *v_args]
     if lengths is not None:
         args.append(cast(imp, imp.tensor(lengths), "int64"))
     if mask is not None:
@@ -66,6 +68,7 @@ def _attention(
         args.append(tensor)
     kernel = imp.kernel(("attention", spec), lambda: kernels.attention(spec))
     y = imp.call(kernel, args, [batch, heads, steps, values.width], "float32")
+    y = joined_halves(imp, y) if isinstance(values, Residual) else y
     return _folded(imp, y) if folded else y, key, value
 
 
@@ -99,7 +102,7 @@ def _reading(
     """How the kernel reads keys or values, its arguments, and their dimensions as floats. A stored cache is
     read as it is where its rows are as long as the attention's."""
     if isinstance(value, StoredCache) and value.total is total:
-        return value.spec, list(value.args), list(value.shape)
+        return source(value), list(value.args), list(value.shape)
     if isinstance(value, Quantized):
         dims = shape_of(imp, value)
         one_scale_per_token = len(dims) == 4 and value.axis == 3 and value.block == dims[3]

@@ -17,8 +17,10 @@ from porter.kv.scheme import Scheme
 from porter.lower.importer.attributes import attribute
 from porter.lower.importer.precision import cast
 from porter.lower.importer.program import Importer
+from porter.lower.importer.residual import joined_halves, source
 from porter.lower.importer.values import StoredCache, Value
 from porter.lower.kernels.append import append_stored
+from porter.lower.kernels.residual import Residual, projection
 from porter.lower.kernels.stored import Stored, read_stored
 from porter.lower.kernels.tagged import Tagged, assign_slots
 
@@ -47,6 +49,8 @@ def _append(imp: Importer, node: ir.Node, *inputs: Value) -> tuple[Value, ...]:
     kernel = imp.kernel(("append", spec, heads), lambda: append_stored(spec, heads))
     own = [c if mine else imp.copied(c) for c, mine in zip(caches, lent, strict=True)]
     owners = [v.name if mine else None for v, mine in zip(node.inputs, lent, strict=False)]
+    if spec.side.residual:
+        steps.append(relax.const(projection(spec.width), "float64"))
     return imp.overwrite_all(kernel, [*own, cast(imp, new, "float32"), lengths, *steps], owners)
 
 
@@ -64,9 +68,10 @@ def _read(imp: Importer, node: ir.Node, *inputs: Value) -> Value:
 
 def read(imp: Importer, cache: StoredCache) -> relax.Expr:
     """All tokens as floats, for whoever is no Attention."""
-    heads = cache.shape[1]
-    kernel = imp.kernel(("read", cache.spec, heads), lambda: read_stored(cache.spec, heads))
-    return imp.call(kernel, [*cache.args, cache.total], list(cache.shape), "float32")
+    heads, spec = cache.shape[1], source(cache)
+    kernel = imp.kernel(("read", spec, heads), lambda: read_stored(spec, heads))
+    tokens = imp.call(kernel, [*cache.args, cache.total], [*cache.shape[:3], spec.width], "float32")
+    return joined_halves(imp, tokens) if isinstance(spec, Residual) else tokens
 
 
 def scheme_of(imp: Importer, node: ir.Node) -> Scheme:
@@ -90,9 +95,6 @@ def _spec(imp: Importer, node: ir.Node, caches: list[relax.Expr], size: tuple[in
     capacity, width = size
     scheme, name = _scheme(imp, node)
     spec = (Tagged if scheme.tagged else Stored)(scheme, name, width, capacity)
-    if not spec.fits():
-        what = "residuals have no kernels"
-        raise TargetError("PORT-0422", what, where=imp.current, hint="choose a cache scheme without them")
     given = [(tuple(imp.shape(c)[1:]), str(c.ty.dtype)) for c in caches]
     planned = [(shape, dtype) for _, shape, dtype in spec.planned(imp.shape(caches[0])[1])]
     if given != planned:

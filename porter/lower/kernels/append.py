@@ -18,6 +18,7 @@ from porter.formats.elements import ELEMENTS, FLOATS
 from porter.kv import codebook
 from porter.lower.kernels.codecs import encode_float
 from porter.lower.kernels.define import Expr, Spec, T, define, f32, i64, local, loop, store, tirx
+from porter.lower.kernels.residual import write_residual
 from porter.lower.kernels.stored import WIDE, Stored
 from porter.lower.kernels.tagged import slot_of
 
@@ -25,7 +26,8 @@ Value = Callable[[Expr, Expr], Expr]  # (token, channel) -> float32
 
 
 def append_stored(spec: Stored, heads: int) -> tirx.PrimFunc:
-    """The side's buffers…, new [b, heads, s, width] float32, starts [b] int64 (, static steps, or slots).
+    """The side's buffers…, new [b, heads, s, width] float32, starts [b] int64 (, static steps, slots, or
+    what signs are those of).
 
     Token t of `new` becomes token starts[b] + t. Tokens past the capacity are dropped; with a start below 0
     nothing is written.
@@ -37,6 +39,7 @@ def append_stored(spec: Stored, heads: int) -> tirx.PrimFunc:
         ("new", ("b", heads, "s", spec.width), "float32"),
         ("starts", ("b",), "int64"),
         *spec.step("c", heads),
+        *([("matrix", (spec.width, spec.width), "float64")] if spec.side.residual else []),
     ]
 
     def body(*args, b, s):
@@ -63,7 +66,7 @@ class _Append:
     row: tuple[Expr, Expr]
     start: Expr
     end: Expr
-    static: tirx.Buffer | None = None  # steps, or slots
+    static: tirx.Buffer | None = None  # steps, slots, or what signs are those of
 
     def emit(self) -> None:
         spec, scheme, side = self.spec, self.spec.scheme, self.spec.side
@@ -180,9 +183,11 @@ class _Append:
         shifted = value - low if element.startswith("uint") else value
         return rounded(shifted / step, form.smallest, form.largest)
 
-    def _pack(self, codes: tirx.Buffer, token: Expr, byte: int, width: int, bits: int) -> None:
+    def _pack(
+        self, codes: tirx.Buffer, token: Expr, byte: int, width: int, bits: int, suffix: str = "_codes"
+    ) -> None:
         """Codes to the token's bytes from `byte` on."""
-        buffer, where = self.state["_codes"], (*self.row, token)
+        buffer, where = self.state[suffix], (*self.row, token)
         dtype = str(buffer.dtype)
         if bits == 8:
             with loop(width) as d:
@@ -206,6 +211,7 @@ class _Append:
         """A codebook's sets: the step is norm / sqrt(channels), the code how many midpoints are below."""
         side, scale = self.spec.side, self.state["_scale"]
         sink, byte, channel = i64(self.spec.scheme.sink), 0, 0
+        rest = local(self.spec.width)
         for i, (size, bits) in enumerate(side.sets(self.spec.width)):
             total, step = local(1, "float64"), local(1)
             store(total, tirx.FloatImm("float64", 0.0), 0)
@@ -225,8 +231,20 @@ class _Append:
                     found = found + tirx.Cast("int32", ratio > f32(float(middle)))
                 store(codes, found, d)
             self._pack(codes, token, byte, size, bits)
+            if side.residual:
+                with loop(size) as d:
+                    held = _product(_looked_up(codebook.table(bits)[0], codes[d]), step[0])
+                    store(rest, self._value(sink + token, i64(channel) + d) - held, i64(channel) + d)
             byte += -(-size * bits // 8)
             channel += size
+        if side.residual:
+            write_residual(
+                self.state,
+                (*self.row, token),
+                rest,
+                self.static,
+                lambda flags: self._pack(flags, token, 0, self.spec.width, 1, "_signs"),
+            )
 
 
 class _Grouping:
@@ -316,6 +334,14 @@ def _padded(width: int) -> tirx.Buffer:
     for i in range(width, whole):
         store(codes, tirx.IntImm("int32", 0), i)
     return codes
+
+
+def _looked_up(values: np.ndarray, code: Expr) -> Expr:
+    """values[code], float32."""
+    found: Expr = f32(float(values[0]))
+    for i, value in enumerate(values[1:], 1):
+        found = tirx.Select(code >= tirx.IntImm("int32", i), f32(float(value)), found)
+    return found
 
 
 def _product(code: Expr, step: Expr) -> Expr:

@@ -101,7 +101,7 @@ def codes_of(source: Source) -> Codes | None:
         return None
     side = source.side
     packed = side.element[-1] in "234" and side.element.rstrip("234") in ("int", "uint")
-    if not packed or side.static or side.more or not source.fits():
+    if not packed or side.static or side.more:
         return None
     if source.width % (2 * CHUNK) or side.group % CHUNK:
         return None

@@ -124,10 +124,6 @@ class Stored:
         """The element."""
         return self.side.element
 
-    def fits(self) -> bool:
-        """Is there a kernel? Not for tokens with more bits, nor for the residual's projection."""
-        return not (self.side.more or self.side.residual)
-
     def step(self, name: str, heads: int) -> list[Spec]:
         """The buffer of static steps, where there are any."""
         shape = {"tensor": (1, 1, 1), "head": (heads, 1, 1), "channel": (heads, 1, self.width)}
@@ -212,7 +208,14 @@ class Stored:
 READ = 32  # tokens
 
 
-def read_stored(spec: Stored, heads: int) -> tirx.PrimFunc:
+class Readable(Source, Protocol):
+    """A source of known capacity: one side, `key` or `value`, of a scheme."""
+
+    name: str
+    capacity: int
+
+
+def read_stored(spec: Readable, heads: int) -> tirx.PrimFunc:
     """The side's buffers… (but for the copy), total lengths [b] int64 -> all tokens, float32 [b, heads,
     capacity, width]; 0 past a row's length."""
     given = spec.buffers("c", heads, spec.capacity)

@@ -44,10 +44,6 @@ class Tagged(Stored):
         """Both elements."""
         return f"{self.side.element}_{self.side.more}"
 
-    def fits(self) -> bool:
-        """There is always a kernel."""
-        return True
-
     def step(self, name: str, heads: int) -> list[Spec]:
         """The buffer of slots."""
         return [(f"{name}_slots", ("b", 1, self.capacity - self.scheme.sink, 1), "int32")]
