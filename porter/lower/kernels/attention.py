@@ -36,7 +36,8 @@ from porter.lower.kernels.define import (
 from porter.lower.kernels.packed import TILE, Codes, codes_of
 from porter.lower.kernels.packed_keys import Keys
 from porter.lower.kernels.packed_values import Values
-from porter.lower.kernels.stored import LANES, Cache, Source, padded
+from porter.lower.kernels.rows import LANES, padded
+from porter.lower.kernels.stored import Cache, Source
 
 ROWS = 8  # at most so many query heads share a decoded tile
 TASKS = 16  # one query's heads and pieces of the context: something for so many cores

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from porter.lower.kernels.define import Expr, T, f32, i64, local, loop, store, tirx
 from porter.lower.kernels.packed import TILE
-from porter.lower.kernels.stored import LANES, Buffers, Source, Tile, padded
+from porter.lower.kernels.rows import LANES, Buffers, Tile, padded
+from porter.lower.kernels.stored import Source
 
 Row = tuple[Expr, Expr]  # batch, KV head
 Span = tuple[Expr, Expr]  # the first token, and the one after the last

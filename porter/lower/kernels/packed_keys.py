@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from porter.lower.kernels import vectors as vec
 from porter.lower.kernels.define import Expr, T, f32, i64, local, loop, store, tirx
 from porter.lower.kernels.packed import CHUNK, TILE, Codes
+from porter.lower.kernels.rows import LANES, Buffers
 from porter.lower.kernels.steps import float_steps, prefetch_steps, steps_of_tokens
-from porter.lower.kernels.stored import LANES, Buffers
 
 LIMIT = 127  # of a query's integers
 TINY = 1e-30  # below it a query's groups are 0: 127 / TINY is still a number

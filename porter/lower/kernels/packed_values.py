@@ -11,8 +11,8 @@ from porter.lower.kernels import vectors as vec
 from porter.lower.kernels.define import Expr, T, f32, i64, local, loop, store, tirx
 from porter.lower.kernels.packed import CHUNK, TILE, Codes
 from porter.lower.kernels.packed_keys import TINY, WINDOWS, _bits
+from porter.lower.kernels.rows import LANES, Buffers
 from porter.lower.kernels.steps import prefetch_steps, steps_of_tokens
-from porter.lower.kernels.stored import LANES, Buffers
 
 LIMIT = 255  # of weights' integers
 PAIRS = TILE // 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from porter.lower.kernels import vectors as vec
 from porter.lower.kernels.define import Expr, i64, tirx
 from porter.lower.kernels.packed import TILE, Codes
-from porter.lower.kernels.stored import LANES, Buffers
+from porter.lower.kernels.rows import LANES, Buffers
 
 
 def float_steps(buffer: tirx.Buffer, where: tuple[Expr, Expr, Expr], channel: int) -> Expr:
