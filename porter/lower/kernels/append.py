@@ -19,6 +19,7 @@ from porter.kv import codebook
 from porter.lower.kernels.codecs import encode_float
 from porter.lower.kernels.define import Expr, Spec, T, define, f32, i64, local, loop, store, tirx
 from porter.lower.kernels.residual import write_residual
+from porter.lower.kernels.steps import stored_step
 from porter.lower.kernels.stored import WIDE, Stored
 from porter.lower.kernels.tagged import slot_of
 
@@ -211,7 +212,7 @@ class _Append:
         """A codebook's sets: the step is norm / sqrt(channels), the code how many midpoints are below."""
         side, scale = self.spec.side, self.state["_scale"]
         sink, byte, channel = i64(self.spec.scheme.sink), 0, 0
-        rest = local(self.spec.width)
+        rest = local(self.spec.width) if side.residual else None
         for i, (size, bits) in enumerate(side.sets(self.spec.width)):
             total, step = local(1, "float64"), local(1)
             store(total, tirx.FloatImm("float64", 0.0), 0)
@@ -221,7 +222,7 @@ class _Append:
             count = local(1, "float64")
             store(count, tirx.FloatImm("float64", float(size)), 0)  # TVM multiplies by a constant's inverse
             root = tirx.Cast("float32", tirx.sqrt(total[0] / count[0]))
-            store(step, tirx.Cast("float32", _step(root, str(scale.dtype))), 0)
+            store(step, tirx.Cast("float32", stored_step(root, str(scale.dtype))), 0)
             store(scale, tirx.Cast(str(scale.dtype), step[0]), *self.row, token, i)
             codes = _padded(size)
             with loop(size) as d:
@@ -238,13 +239,15 @@ class _Append:
             byte += -(-size * bits // 8)
             channel += size
         if side.residual:
+            signs = _padded(self.spec.width)
             write_residual(
                 self.state,
                 (*self.row, token),
                 rest,
                 self.static,
-                lambda flags: self._pack(flags, token, 0, self.spec.width, 1, "_signs"),
+                signs,
             )
+            self._pack(signs, token, 0, self.spec.width, 1, "_signs")
 
 
 class _Grouping:
@@ -302,7 +305,7 @@ class _Grouping:
     def _stored(self, value: Expr, levels: float) -> Expr:
         divisor = local(1)
         store(divisor, f32(levels), 0)  # TVM would multiply by a constant's inverse
-        return tirx.Cast("float32", _step(value / divisor[0], self.dtype))
+        return tirx.Cast("float32", stored_step(value / divisor[0], self.dtype))
 
     def _better(self) -> None:
         """The asymmetric form where its L1 error is smaller; a sum of many may round otherwise than numpy's,
@@ -371,10 +374,3 @@ def _to_bfloat16(value: Expr) -> Expr:
     odd = (bits >> tirx.IntImm("uint32", 16)) & tirx.IntImm("uint32", 1)
     up = bits + odd + tirx.IntImm("uint32", 0x7FFF)
     return T.reinterpret("float32", up & tirx.IntImm("uint32", 0xFFFF0000))
-
-
-def _step(value: Expr, dtype: str) -> Expr:
-    """A step in its stored type, within its normal numbers (`porter.kv.steps`)."""
-    info = np.finfo(dtype)
-    normal, largest = f32(float(info.smallest_normal)), f32(float(info.max))
-    return tirx.Cast(dtype, tirx.min(tirx.max(value, normal), largest))

@@ -7,13 +7,13 @@ q·k + (R q)·(gamma s), so the query has R q behind it; the output for values i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from porter.kv.rotation import rotation
 from porter.lower.kernels.define import Dim, Expr, Spec, f32, i64, local, loop, store, tirx
+from porter.lower.kernels.steps import stored_step
 from porter.lower.kernels.stored import Buffers, Stored, Tile
 
 
@@ -80,24 +80,18 @@ def projection(size: int) -> np.ndarray:
 
 
 def write_residual(
-    state: Buffers, where: tuple[Expr, ...], rest: tirx.Buffer, matrix: tirx.Buffer, pack: Callable[..., None]
+    state: Buffers, where: tuple[Expr, ...], rest: tirx.Buffer, matrix: tirx.Buffer, signs: tirx.Buffer
 ) -> None:
-    """Signs and gamma of a token's rest, float32 [D], at (row, head, token); `pack` stores its bits."""
-    size, gamma = int(matrix.shape[0]), state["_gamma"]
-    total, flags = local(1, "float64"), local(-(-size // 8) * 8, "int32")
+    """Gamma of a token's rest, float32 [D], at (row, head, token); its signs, 1 for negative, int32 [D]."""
+    size, gamma, total = int(matrix.shape[0]), state["_gamma"], local(1, "float64")
     store(total, tirx.FloatImm("float64", 0.0), 0)
     with loop(size) as d:
         value = tirx.Cast("float64", rest[d])
         store(total, total[0] + value * value, 0)
     norm = tirx.sqrt(total[0]) * tirx.FloatImm("float64", math.sqrt(math.pi / 2 / size))
-    info = np.finfo(str(gamma.dtype))
-    inside = tirx.max(tirx.Cast("float32", norm), f32(float(info.smallest_normal)))
-    store(gamma, tirx.Cast(str(gamma.dtype), tirx.min(inside, f32(float(info.max)))), *where, 0)
-    with loop(-(-size // 8) * 8) as d:
-        store(flags, tirx.IntImm("int32", 0), d)
+    store(gamma, stored_step(tirx.Cast("float32", norm), str(gamma.dtype)), *where, 0)
     with loop(size) as d:
         store(total, tirx.FloatImm("float64", 0.0), 0)
         with loop(size) as c:
             store(total, total[0] + tirx.Cast("float64", rest[c]) * matrix[d, c], 0)
-        store(flags, tirx.Cast("int32", total[0] < tirx.FloatImm("float64", 0.0)), d)
-    pack(flags)
+        store(signs, tirx.Cast("int32", total[0] < tirx.FloatImm("float64", 0.0)), d)

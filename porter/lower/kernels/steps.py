@@ -1,9 +1,11 @@
-"""Steps and minimums of stored caches as float32 vectors."""
+"""Steps and minimums of stored caches: as float32 vectors, and in their stored type."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from porter.lower.kernels import vectors as vec
-from porter.lower.kernels.define import Expr, i64, tirx
+from porter.lower.kernels.define import Expr, f32, i64, tirx
 from porter.lower.kernels.packed import TILE, Codes
 from porter.lower.kernels.rows import LANES, Buffers
 
@@ -42,3 +44,10 @@ def _of_four(each: list[Expr]) -> list[Expr]:
     fours = [vec.held(vec.picked(x, o)) for x in ((a, b), (c, d)) for o in ((0, 4, 1, 5), (2, 6, 3, 7))]
     turned = [vec.picked((fours[i], fours[i + 2]), o) for i in (0, 1) for o in ((0, 1, 4, 5), (2, 3, 6, 7))]
     return [vec.held(tirx.Cast("float32x8", vec.as_type(t, "float16x8"))) for t in turned]
+
+
+def stored_step(value: Expr, dtype: str) -> Expr:
+    """A float32 step in its stored type, within its normal numbers (`porter.kv.steps`)."""
+    info = np.finfo(dtype)
+    normal, largest = f32(float(info.smallest_normal)), f32(float(info.max))
+    return tirx.Cast(dtype, tirx.min(tirx.max(value, normal), largest))
