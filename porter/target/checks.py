@@ -66,6 +66,8 @@ def _sources(spec: TargetSpec, figures: Mapping[str, Figure]) -> Iterator[Fault]
 
 
 def _needs(spec: TargetSpec) -> Iterator[Fault]:
+    if "kind" not in spec.tvm:
+        yield "PORT-0306", "tvm.kind", "the key is missing: it says what TVM compiles for"
     for path in NEEDS[spec.family]:
         part: object = spec
         for key in path.split("."):
@@ -208,7 +210,8 @@ def _readable(spec: TargetSpec) -> Iterator[Fault]:
         return
     for name in spec.weights:
         if placing.placement(spec, name) is None:
-            yield "PORT-0307", "numerics.widened", f"nothing says how weights in {name} are multiplied"
+            what = f"nothing says how weights in {name} are multiplied, nor for class {placing.class_of(name)}"
+            yield "PORT-0307", "numerics.widened", what
 
 
 def _efficiency(spec: TargetSpec) -> Iterator[Fault]:

@@ -88,11 +88,13 @@ def class_of(name: str) -> str:
 CLASSES = ("float", "int", "fp8", "mx")
 
 
+@functools.cache
 def known() -> tuple[str, ...]:
     """Every name that a target may use for a format, without suffixes."""
     return (*formats.names(), TF32)
 
 
+@functools.cache
 def same(a: str, b: str) -> bool:
     """Whether two names are of one format: `mxfp8` and `mxfp8-e4m3` are."""
     if a == b or TF32 in (a, b) or not {a, b} <= set(known()):
@@ -100,6 +102,7 @@ def same(a: str, b: str) -> bool:
     return _form(a) == _form(b)
 
 
+@functools.cache
 def _form(name: str) -> formats.Format:
     return replace(formats.parse(f"{name}-r" if class_of(name) in ("int", "fp8") else name), name="")
 

@@ -62,6 +62,11 @@ def _parsed(text: bytes, where: str) -> TargetSpec:
         keys = tomllib.loads(text.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SpecError("PORT-0302", f"not a target description: {error}", where=where) from error
+    return checked(keys, where)
+
+
+def checked(keys: dict[str, Any], where: str) -> TargetSpec:
+    """A target from what its file says; `where` is the file. Raises what `load` does, PORT-0301 aside."""
     if keys.get("family") in ("tile", "simt"):
         host = _built_in("host")
         keys = {key: getattr(host, key) for key in SHARED} | keys

@@ -59,6 +59,10 @@ class TargetSpec(Part):
         """How the target rounds the shared exponents of MX formats (see `porter.formats.Format`)."""
         return str(self.numerics.mx.value) if self.numerics and self.numerics.mx else "floor"
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON, under the keys of the file; quantities in SI units."""
+        return self.model_dump(mode="json", by_alias=True)
+
     def flavour(self, name: str) -> str:
         """The full name of a format or scheme: `fp8` -> `fp8-e4m3fn`."""
         return self.aliases.get(name, name)
