@@ -299,7 +299,8 @@ def passes(json_: Json = False) -> None:
 
 @app.command()
 def targets(
-    name: Annotated[str, typer.Argument(help="Show this one in full: a name, or the path of a .toml.")] = "", json_: Json = False
+    name: Annotated[str, typer.Argument(help="Show this one in full: a name, or the path of a .toml.")] = "",
+    json_: Json = False,
 ) -> None:
     """List the targets, or show one, with the source of every figure."""
     from porter import target

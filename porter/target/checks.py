@@ -36,8 +36,8 @@ def check(spec: TargetSpec, figures: Mapping[str, Figure]) -> None:
     for faults in (
         _sources(spec, figures),
         _needs(spec),
-        _memory(spec),
         _units(spec),
+        _memory(spec),
         _dma(spec),
         _links(spec),
         _launch(spec),
@@ -80,7 +80,11 @@ def _memory(spec: TargetSpec) -> Iterator[Fault]:
     scopes, results = get_args(Scope), spec.matrix.accumulates if spec.matrix else ""
     for name, level in spec.memory.items():
         if (level.scope == "chip") != (level.count is None):
-            what = "the chip's own is there once" if level.count else f"how many has the chip, one a {level.scope}?"
+            what = (
+                "the chip's own is there once"
+                if level.count
+                else f"how many has the chip, one a {level.scope}?"
+            )
             yield "PORT-0306", f"memory.{name}.count", what
         if spec.family == "tile" and level.bandwidth is None and name != results:
             yield "PORT-0306", f"memory.{name}.bandwidth", "the key is missing"
@@ -187,19 +191,28 @@ def _formats(spec: TargetSpec) -> Iterator[Fault]:
 def _numerics(spec: TargetSpec) -> Iterator[Fault]:
     if spec.numerics is None:
         return
-    native = [*(spec.matrix.formats if spec.matrix else ()), *(spec.vector.formats.value if spec.vector else ())]
+    native = [
+        *(spec.matrix.formats if spec.matrix else ()),
+        *(spec.vector.formats.value if spec.vector else ()),
+    ]
     for how in ("widened", "emulated"):
         for name, to in getattr(spec.numerics, how).items():
             path = f"numerics.{how}.{name}"
             if name not in (*placing.known(), *placing.CLASSES):
                 yield "PORT-0307", path, f"{name!r} is neither a number format nor a class of them"
             if to.value not in native:
-                yield "PORT-0307", path, f"{to.value!r} is not native: {', '.join(native)}"
+                yield (
+                    "PORT-0307",
+                    path,
+                    f"{to.value!r} is in neither matrix.formats nor vector.formats: {', '.join(native)}",
+                )
             if how == "emulated" and name in spec.numerics.widened:
                 yield "PORT-0307", path, "it is widened too"
             members = [n for n in spec.weights if name in (n, placing.class_of(n))]
             lost = [n for n in members if how == "widened" and not placing.holds(str(to.value), n)]
-            lost = [n for n in lost if n == name or n not in (*spec.numerics.widened, *spec.numerics.emulated)]
+            lost = [
+                n for n in lost if n == name or n not in (*spec.numerics.widened, *spec.numerics.emulated)
+            ]
             if lost:
                 yield "PORT-0307", path, f"not every number of {lost[0]} is one of {to.value}: it is emulated"
 
@@ -210,8 +223,9 @@ def _readable(spec: TargetSpec) -> Iterator[Fault]:
         return
     for name in spec.weights:
         if placing.placement(spec, name) is None:
-            what = f"nothing says how weights in {name} are multiplied, nor for class {placing.class_of(name)}"
-            yield "PORT-0307", "numerics.widened", what
+            what = f"neither widened nor emulated says how weights in {name} are multiplied, nor those of"
+            what += f" class {placing.class_of(name)}"
+            yield "PORT-0307", "numerics", what
 
 
 def _efficiency(spec: TargetSpec) -> Iterator[Fault]:

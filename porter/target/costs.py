@@ -23,7 +23,7 @@ class Price(Part):
 
 
 class Power(Part):
-    """What one chip draws, as of a day: at most by its design, and what a rack gives it where that is less."""
+    """What one chip draws, as of a day: the most by its design, and what a rack gives it if less."""
 
     design: Watts
     provisioned: Watts | None = None

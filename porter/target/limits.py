@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import ConfigDict, Field
+
 from porter.target.figure import Alignment, Count, Part, Size, shape
 
 
@@ -23,7 +25,7 @@ class Limits(Part):
     at offsets aligned to `offset-alignment`; `immediate-size` bytes come with a launch.
     """
 
-    model_config = {"alias_generator": lambda name: name.replace("_", "-")}
+    model_config = ConfigDict(alias_generator=lambda name: name.replace("_", "-"))
 
     alignment: Alignment | None = None
     partitions: Count | None = None
@@ -32,7 +34,7 @@ class Limits(Part):
     elements: Count | None = None
     accumulator_elements: Count | None = None
     block: shape(2) | None = None
-    rows: dict[Literal["32", "16", "8", "4"], Count] = {}
+    rows: dict[Literal["32", "16", "8", "4"], Count] = Field(default_factory=dict)
 
     workgroup: shape(3) | None = None
     invocations: Count | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from porter.target.figure import Bandwidth, Count, Duration, Part
 
 Topology = Literal["mesh", "switch", "ring", "torus-2d", "torus-3d", "network", "host"]
@@ -34,4 +36,4 @@ class Link(Part):
     ports: Count | None = None
     bandwidth: Bandwidth
     latency: Duration | None = None
-    collectives: dict[Operation, dict[str, Collective]] = {}
+    collectives: dict[Operation, dict[str, Collective]] = Field(default_factory=dict)

@@ -102,7 +102,8 @@ class Dma(Part):
     """Engines that copy between two levels, from the outer to the inner and back.
 
     `engines` on the chip, each moving `rate` (absent: only the levels' bandwidths bind). A transfer costs
-    `fixed`, and reaches its rate when `contiguous` bytes lie together; a transposing one reaches `transposing` of it.
+    `fixed`, and reaches its rate when `contiguous` bytes lie together, a transposing one the share
+    `transposing` of it.
     """
 
     source: str = Field(alias="from")
@@ -112,5 +113,3 @@ class Dma(Part):
     fixed: Duration
     contiguous: Size | None = None
     transposing: Share | None = None
-
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from porter.target.figure import Flag, Name, Part, choice
 
 
@@ -12,13 +14,13 @@ class Numerics(Part):
     or its class (`float`, `int`, `fp8`, `mx`; a name goes first). Widened: every code is a number of the
     other format, so nothing is lost. Emulated: it is rounded, or computed at the other's rate though the
     chip takes it. `rounding` is how, `saturates` whether what is too large becomes the largest number
-    (else infinity or NaN), `subnormals` whether they are kept or flushed to zero, `mx` how the shared exponent
-    of an MX block is chosen (see `porter.formats.Format`).
+    (else infinity or NaN), `subnormals` whether they are kept or flushed to zero, `mx` how the shared
+    exponent of an MX block is chosen (see `porter.formats.Format`).
     """
 
     rounding: choice("nearest-even")
     saturates: Flag
     subnormals: choice("keep", "flush")
     mx: choice("floor", "ceil", "larger") | None = None
-    widened: dict[str, Name] = {}
-    emulated: dict[str, Name] = {}
+    widened: dict[str, Name] = Field(default_factory=dict)
+    emulated: dict[str, Name] = Field(default_factory=dict)

@@ -109,9 +109,14 @@ def _form(name: str) -> formats.Format:
 
 @functools.cache
 def holds(wide: str, narrow: str) -> bool:
-    """Whether every number that `narrow` stores, before scales, is a number of `wide` under the same scales."""
+    """Whether every number that `narrow` stores, before scales, is one of `wide` under the same scales."""
     if narrow in WIDE or narrow == TF32:
-        return wide == narrow or wide == "fp32" or (wide, narrow) == (TF32, "bf16") or (wide, narrow) == (TF32, "fp16")
+        return (
+            wide == narrow
+            or wide == "fp32"
+            or (wide, narrow) == (TF32, "bf16")
+            or (wide, narrow) == (TF32, "fp16")
+        )
     if wide not in (*WIDE, TF32):
         a, b = _form(wide), _form(narrow)
         if (a.group, a.scale) != (b.group, b.scale):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from porter.target import checks
 from porter.target.costs import Efficiency, Kernel, Power, Price
@@ -35,17 +35,17 @@ class TargetSpec(Part):
     weights: tuple[str, ...]
     kv: tuple[str, ...]
     activations: tuple[str, ...] = ()
-    aliases: dict[str, str] = {}
+    aliases: dict[str, str] = Field(default_factory=dict)
     tvm: dict[str, str | int]
-    sources: dict[str, str] = {}
-    memory: dict[str, Level] = {}
+    sources: dict[str, str] = Field(default_factory=dict)
+    memory: dict[str, Level] = Field(default_factory=dict)
     matrix: Matrix | None = None
     vector: Vector | None = None
-    dma: dict[str, Dma] = {}
-    links: dict[str, Link] = {}
+    dma: dict[str, Dma] = Field(default_factory=dict)
+    links: dict[str, Link] = Field(default_factory=dict)
     limits: Limits = Limits()
     numerics: Numerics | None = None
-    efficiency: dict[Kernel, dict[str, Efficiency]] = {}
+    efficiency: dict[Kernel, dict[str, Efficiency]] = Field(default_factory=dict)
     price: Price | None = None
     power: Power | None = None
 
@@ -88,5 +88,3 @@ def figures(part: Any, path: str = "") -> Iterator[tuple[str, Figure]]:
         return
     for key, entry in entries:
         yield from figures(entry, f"{path}.{key}" if path else key)
-
-

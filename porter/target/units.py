@@ -28,7 +28,7 @@ UNITS: dict[str, dict[str, Fraction]] = {
     "W": {"W": Fraction(1), "kW": Fraction(1000)},
     "USD/h": {"USD/h": Fraction(1)},
 }
-"""By the unit that a quantity is kept in: every unit that it may be written in, and how many of the first it is.
+"""By the unit that a quantity is kept in: every unit that it may be written in, as a number of the first.
 Operations on integers (`TOP/s`) and on floats (`TFLOP/s`) are one kind."""
 
 _LARGEST = 30  # decimal digits before the point; more is a slip, and would not fit a float with care
@@ -77,7 +77,7 @@ def positive(text: object) -> Fraction:
 
 
 def shown(value: float, unit: str) -> str:
-    """A quantity for people, with the decimal prefix that leaves one to three digits: 3.35e12 B/s -> 3.35 TB/s."""
+    """A quantity for people, with the largest decimal prefix that fits: 3.35e12 B/s -> 3.35 TB/s."""
     for prefix, factor in reversed(_DECIMAL.items()):
         if value >= factor and prefix + unit in UNITS[unit]:
             return f"{value / factor:.4g} {prefix}{unit}"

@@ -15,8 +15,9 @@ from porter.target.reading import SHARED
 
 ROOT = Path(__file__).parents[3]
 NAMES = (
-    "host maia-100 maia-200 tpu-v5e tpu-v5p tpu-v6e tpu-7x trainium1 trainium2 trainium3 a100 h100 h200 b200 webgpu"
-).split()
+    *("host", "maia-100", "maia-200", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu-7x"),
+    *("trainium1", "trainium2", "trainium3", "a100", "h100", "h200", "b200", "webgpu"),
+)
 CHIPS = [n for n in NAMES if n != "host"]
 GIB = 1 << 30
 MIB = 1 << 20
@@ -179,7 +180,7 @@ def test_every_figure_says_how_it_is_known(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_number_of_a_file_stands_outside_a_figure(name: str) -> None:
-    """So that no figure can be without a source: a value is text, a name, a date, a list of names, or a figure."""
+    """So that none can be without a source: all else is text, names and dates."""
     text = (ROOT / "targets" / f"{name}.toml").read_text("utf-8")
     numbers, figures = [], []
 
@@ -214,31 +215,29 @@ def test_what_a_chip_does_not_say_is_as_on_host(name: str) -> None:
         assert getattr(spec, key) == getattr(host, key)
 
 
-FP8 = {
-    "maia-100": "fp8-e4m3fn", "maia-200": "fp8-e4m3fn",
-    "tpu-v5e": "fp8-e4m3b11fnuz", "tpu-v5p": "fp8-e4m3b11fnuz", "tpu-v6e": "fp8-e4m3b11fnuz", "tpu-7x": "fp8-e4m3fn",
-    "trainium1": "fp8-e4m3", "trainium2": "fp8-e4m3", "trainium3": "fp8-e4m3fn",
-    "a100": "fp8-e4m3fn", "h100": "fp8-e4m3fn", "h200": "fp8-e4m3fn", "b200": "fp8-e4m3fn", "webgpu": "fp8-e4m3fn",
-}  # fmt: skip
+FP8 = dict.fromkeys(CHIPS, "fp8-e4m3fn")
+FP8 |= dict.fromkeys(("tpu-v5e", "tpu-v5p", "tpu-v6e"), "fp8-e4m3b11fnuz")
+FP8 |= dict.fromkeys(("trainium1", "trainium2"), "fp8-e4m3")
 MX = {"b200": "ceil", "trainium1": "larger", "trainium2": "larger", "trainium3": "larger"}
+MXFP8 = ("mxfp8", "mxfp8-e4m3", "mxfp8-e5m2")
+MXFP6 = ("mxfp6-e2m3", "mxfp6-e3m2")
 # What is multiplied as it is stored, beside the wide floats.
 NATIVE = {
     "maia-100": {"mx9", "mx6"},
-    "maia-200": {"fp8-e4m3fn", "fp8-e5m2", "mxfp8", "mxfp8-e4m3", "mxfp8-e5m2", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp4"},
+    "maia-200": {"fp8-e4m3fn", "fp8-e5m2", *MXFP8, *MXFP6, "mxfp4"},
     "tpu-v5e": {"int8", "int4"},
     "tpu-v5p": {"int8", "int4"},
     "tpu-v6e": {"int8", "int4", "fp8-e4m3b11fnuz", "fp8-e5m2"},
     "tpu-7x": {"fp8-e4m3fn", "fp8-e5m2"},
     "trainium1": {"fp8-e4m3", "fp8-e5m2", "fp8-e3m4"},
     "trainium2": {"fp8-e4m3", "fp8-e5m2", "fp8-e3m4"},
-    "trainium3": {"fp8-e4m3fn", "fp8-e5m2", "mxfp8", "mxfp8-e4m3", "mxfp8-e5m2"},
+    "trainium3": {"fp8-e4m3fn", "fp8-e5m2", *MXFP8},
     "a100": {"int8", "int4"},
     "h100": {"int8", "fp8-e4m3fn", "fp8-e5m2"},
     "h200": {"int8", "fp8-e4m3fn", "fp8-e5m2"},
-    "b200": {"int8", "fp8-e4m3fn", "fp8-e5m2", "mxfp8", "mxfp8-e4m3", "mxfp8-e5m2", "mxfp6-e2m3", "mxfp6-e3m2",
-             "mxfp4", "nvfp4"},
+    "b200": {"int8", "fp8-e4m3fn", "fp8-e5m2", *MXFP8, *MXFP6, "mxfp4", "nvfp4"},
     "webgpu": set(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHIPS)

@@ -73,7 +73,9 @@ def test_a_unit_of_another_kind_is_named() -> None:
         units.quantity("80 GB/s", "B")
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "nan", "inf", "-inf", "1e400", "1e-400", "x", "1.2.3", "0.0", "1/2"])
+@pytest.mark.parametrize(
+    "number", ["0", "-1", "nan", "inf", "-inf", "1e400", "1e-400", "x", "1.2.3", "0.0", "1/2"]
+)
 @pytest.mark.parametrize("unit", sorted(units.UNITS))
 def test_numbers_that_are_refused(number: str, unit: str) -> None:
     with pytest.raises(units.Impossible):
@@ -101,7 +103,12 @@ def test_no_spelling_is_of_two_kinds() -> None:
 
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
-    [(3.35e12, "B/s", "3.35 TB/s"), (989e12, "FLOP/s", "989 TFLOP/s"), (7.0, "W", "7 W"), (0.5, "s", "0.5 s")],
+    [
+        (3.35e12, "B/s", "3.35 TB/s"),
+        (989e12, "FLOP/s", "989 TFLOP/s"),
+        (7.0, "W", "7 W"),
+        (0.5, "s", "0.5 s"),
+    ],
 )
 def test_shown(value: float, unit: str, text: str) -> None:
     assert units.shown(value, unit) == text
