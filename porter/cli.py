@@ -301,20 +301,26 @@ def passes(json_: Json = False) -> None:
 
 @app.command()
 def targets(
-    name: Annotated[str, typer.Argument(help="Show this one in full.")] = "", json_: Json = False
+    name: Annotated[str, typer.Argument(help="Show this one in full: a name, or the path of a .toml.")] = "",
+    json_: Json = False,
 ) -> None:
-    """List the targets, or show one."""
+    """List the targets, or show one, with the source of every figure."""
     from porter import target
-    from porter.terminal import print_facts, print_rows
+    from porter.report.words import clean
+    from porter.target import showing
+    from porter.terminal import print_rows
 
     if name:
-        facts = target.load(name).model_dump(mode="json")
-        _answer(facts, json_, lambda: print_facts(facts))
+        spec = target.load(name)
+        _answer(spec.to_dict(), json_, lambda: print(*map(clean, showing.lines(spec)), sep="\n"))
         return
     specs = [target.load(n) for n in target.names()]
-    rows = [{"name": s.name, "family": s.family, "weights": ", ".join(s.weights), "kv": ", ".join(s.kv),
-             "summary": s.summary} for s in specs]  # fmt: skip
-    _answer(rows, json_, lambda: print_rows(rows, ("name", "family", "weights", "kv", "summary")))
+
+    def table() -> None:
+        print_rows([showing.row(s) for s in specs], showing.COLUMNS)
+        print(showing.NOTE)
+
+    _answer([showing.summary(s) for s in specs], json_, table)
 
 
 def _answer(document: Any, as_json: bool, show: Any) -> None:

@@ -45,6 +45,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     started = time.perf_counter()
     limit = memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
+    target.check_lowered(spec)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
     bundle.remove_stale(out.absolute())
     with memory.Watch(limit) as watch:
@@ -174,7 +175,7 @@ def _write_reports(report: DriftReport, folder: Path) -> None:
 def _facts(source: Path, spec: TargetSpec, pipeline: Pipeline, options: Options) -> dict[str, Any]:
     return {
         "source": {"name": source.name, "sha256": graph.digest(source)},
-        "target": spec.model_dump(mode="json"),
+        "target": spec.to_dict(),
         "pipeline": str(pipeline),
         "seed": options.seed,
         "machine": platform.machine(),
