@@ -7,7 +7,7 @@ first to the launch that reads them last. Sizes are upper bounds at the largest 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any
@@ -65,12 +65,18 @@ class Plan:
         return asdict(self)
 
 
-def extract(module: tvm.IRModule, plan: Plan, parameters: list[Parameter], nodes: list[list[str]]) -> Plan:
+def extract(
+    module: tvm.IRModule,
+    plan: Plan,
+    parameters: list[Parameter],
+    nodes: list[list[str]],
+    walk: Callable[[Plan, Iterator[list[str]]], Walker] | None = None,
+) -> Plan:
     """Fill `plan` from `main` of a module after StaticPlanBlockMemory.
 
-    `nodes` are the ONNX nodes behind each launch, in order.
+    `nodes` are the ONNX nodes behind each launch, in order. `walk` makes the walker, where it is to note more.
     """
-    walker = _Walker(plan, iter(nodes))
+    walker = (walk or Walker)(plan, iter(nodes))
     function = module["main"]
     names = [i["name"] for i in plan.inputs] + [p.name for p in parameters]
     for i, (variable, name) in enumerate(zip(function.params, names, strict=True)):
@@ -91,7 +97,9 @@ def _text(size: Any) -> str:
     return re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(size))
 
 
-class _Walker:
+class Walker:
+    """Walks the bindings of `main` and fills a plan."""
+
     def __init__(self, plan: Plan, nodes: Iterator[list[str]]) -> None:
         self.plan, self.nodes = plan, nodes
         self.buffers: dict[Any, Buffer | list[Buffer]] = {}
@@ -101,6 +109,7 @@ class _Walker:
         self.names: set[str] = set()
 
     def declare(self, variable: Any, name: str, kind: str, storage: int | None) -> None:
+        """Note a buffer, which a variable is from now on."""
         ty, at = variable.ty, len(self.plan.launches)
         buffer = Buffer(
             self.unique(name),
@@ -133,6 +142,7 @@ class _Walker:
         return int(self.analyzer.const_int_bound(total).max_value)
 
     def visit(self, variable: Any, value: Any) -> None:
+        """Note one binding."""
         if isinstance(value, relax.Var):
             self.alias(variable, value)
         elif isinstance(value, relax.Call):
@@ -143,12 +153,14 @@ class _Walker:
             self.buffers[variable] = self.buffers[value.tuple_value][value.index]
 
     def alias(self, variable: Any, value: Any) -> None:
+        """A variable that is another one."""
         if value in self.buffers:
             self.buffers[variable] = self.buffers[value]
         if value in self.storages:
             self.storages[variable] = self.storages[value]
 
     def call(self, variable: Any, call: Any) -> None:
+        """Note a call: of memory, a view, or a launch."""
         name = getattr(call.op, "name", None)
         if name == "relax.memory.alloc_storage":
             self.storages[variable] = len(self.plan.storages)
@@ -165,6 +177,7 @@ class _Walker:
             self.launch(call)
 
     def launch(self, call: Any) -> None:
+        """Note a launch."""
         at = len(self.plan.launches)
         buffers = [self.buffers[a] for a in call.args if a in self.buffers]
         for buffer in buffers:

@@ -48,17 +48,20 @@ class Weights:
         return self._by_key[key]
 
 
-def offsets(parameters: list[Parameter]) -> list[int]:
+def offsets(parameters: list[Parameter], alignment: int = ALIGNMENT) -> list[int]:
     """Where each parameter starts in the file."""
     at, starts = 0, []
     for parameter in parameters:
         starts.append(at)
-        at += -(-parameter.bytes // ALIGNMENT) * ALIGNMENT
+        at += -(-parameter.bytes // alignment) * alignment
     return starts
 
 
 def write(
-    parameters: list[Parameter], path: Path, progress: Callable[[int], None] = lambda done: None
+    parameters: list[Parameter],
+    path: Path,
+    progress: Callable[[int], None] = lambda done: None,
+    alignment: int = ALIGNMENT,
 ) -> None:
     """Pack and write every parameter; one is in memory at a time.
 
@@ -66,13 +69,13 @@ def write(
     """
     with path.open("wb") as file:
         for parameter in parameters:
-            _write_one(parameter, file)
+            _write_one(parameter, file, alignment)
             progress(file.tell())
 
 
-def _write_one(parameter: Parameter, file: BinaryIO) -> None:
+def _write_one(parameter: Parameter, file: BinaryIO, alignment: int) -> None:
     array = np.require(parameter.make(), requirements="C")
     assert array.shape == parameter.shape, (parameter.name, array.shape, parameter.shape)
     assert array.dtype == np.dtype(parameter.dtype), (parameter.name, array.dtype, parameter.dtype)
     file.write(array.data.cast("B") if array.size else b"")
-    file.write(b"\0" * (-file.tell() % ALIGNMENT))
+    file.write(b"\0" * (-file.tell() % alignment))

@@ -1,0 +1,361 @@
+"""Storage: a kernel rewritten for a language that has only elements of 32 bits, as WGSL without extensions.
+
+A buffer that is never written (a weight) keeps its bytes, which are read as words: element i of 8 bits is
+byte i % 4, the lowest first, of word i // 4. Any other buffer has one word for each element. Arithmetic is
+done in 32 bits too: what wraps is cut back to its width, and float16 and bfloat16 are float32 that are
+rounded wherever a value becomes one. int64 holds indices and token ids, which fit 32 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.ir import Call, Expr, PointerType, PrimType, TensorLoad
+
+from porter.errors import TargetError
+
+PACKED = ("int8", "uint8", "int16", "uint16", "float16", "bfloat16")
+WIDE = {
+    **dict.fromkeys(("int8", "int16", "int32", "int64"), "int32"),
+    **dict.fromkeys(("uint8", "uint16", "uint32", "uint64"), "uint32"),
+    **dict.fromkeys(("float16", "bfloat16", "float32"), "float32"),
+}
+WRAPPING = (tirx.Add, tirx.Sub, tirx.Mul, tirx.LShift)
+BINARY = (
+    *WRAPPING, tirx.Div, tirx.Mod, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max, tirx.RShift,
+    tirx.BitwiseAnd, tirx.BitwiseOr, tirx.BitwiseXor,
+    tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.And, tirx.Or,
+)  # fmt: skip
+
+
+def stored(dtype: str, *, constant: bool) -> str:
+    """What elements of `dtype` are stored as: `uint32` words of several where `constant` and narrow, else one
+    element of 32 bits each. Raises TargetError PORT-0452 for one that has no such form."""
+    if constant and dtype in PACKED:
+        return "uint32"
+    return wide("int32" if dtype == "bool" else dtype)
+
+
+def wide(dtype: str) -> str:
+    """The type of 32 bits that values of `dtype` are computed in; bool stays. Raises PORT-0452 as `stored`."""
+    if dtype not in WIDE and dtype not in ("bool", "handle", "void"):
+        raise TargetError("PORT-0452", f"a kernel computes in {dtype}, and its language only in 32 bits")
+    return WIDE.get(dtype, dtype)
+
+
+def is_local(buffer: Any) -> bool:
+    """Whether TVM left an array within a kernel in `global`: it belongs to one thread."""
+    return str(buffer.scope()) in ("", "global")
+
+
+def of_threads(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The kernel with arrays that stand within it as each thread's own."""
+    return _Rebuilt(kernel).run()
+
+
+def in_words(kernel: tirx.PrimFunc, constant: Collection[int]) -> tirx.PrimFunc:
+    """The same in 32 bits; parameters whose numbers are in `constant` are packed.
+
+    The kernel is one of TVM's device functions: pointers and scalars come in, buffers are flat. Raises what
+    `wide` does.
+    """
+    return _InWords(kernel, constant).run()
+
+
+class _Rebuilt:
+    """A copy of a kernel, node by node. (tvm_ffi's structural_map corrupts memory when types change.)"""
+
+    def __init__(self, kernel: tirx.PrimFunc) -> None:
+        self.kernel = kernel
+        self.by: dict[Any, Any] = {}
+
+    def run(self) -> tirx.PrimFunc:
+        kernel = self.kernel
+        params = [self.parameter(i, p) for i, p in enumerate(kernel.params)]
+        self.by.update(zip(kernel.params, params, strict=True))
+        return tirx.PrimFunc(params, self.statement(kernel.body), kernel.ret_type, kernel.attrs)
+
+    def parameter(self, number: int, variable: Any) -> Any:
+        return variable
+
+    def of(self, dtype: str) -> str:
+        return dtype
+
+    def variable(self, old: Any) -> Any:
+        if old not in self.by:
+            dtype = self.of(str(old.ty.dtype))
+            self.by[old] = old if dtype == str(old.ty.dtype) else tirx.Var(old.name, dtype)
+        return self.by[old]
+
+    # Statements.
+
+    def statement(self, node: Any) -> Any:
+        return getattr(self, f"_{type(node).__name__}")(node)
+
+    def _SeqStmt(self, node: Any) -> Any:
+        return tirx.SeqStmt([self.statement(s) for s in node.seq])
+
+    def _DeclBuffer(self, node: Any) -> Any:
+        pointer = self.by.get(node.data, node.data)
+        buffer = self.declared(node.buffer, node.data, pointer)
+        return tirx.DeclBuffer(buffer, data=pointer)
+
+    def declared(self, old: Any, pointer: Any, new: Any) -> Any:
+        self.by[old] = old
+        return old
+
+    def _AllocBuffer(self, node: Any) -> Any:
+        old = node.buffer
+        shape = [self.value(d) for d in old.shape]
+        scope = "local" if is_local(old) else str(old.scope())
+        dtype = self.of(str(old.dtype))
+        self.by[old] = tirx.decl_buffer(shape, dtype, old.name, scope=scope, layout=None)
+        return tirx.AllocBuffer(self.by[old], dict(node.annotations or {}))
+
+    def _AttrStmt(self, node: Any) -> Any:
+        target = node.node
+        if isinstance(target, tirx.IterVar):
+            variable = self.variable(target.var)
+            kept = target if variable is target.var else None
+            target = kept or tirx.IterVar(None, variable, target.iter_type, target.thread_tag)
+        return tirx.AttrStmt(target, node.attr_key, self.value(node.value), self.statement(node.body))
+
+    def _Bind(self, node: Any) -> Any:
+        value = self.value(node.value)
+        return tirx.Bind(self.variable(node.var), value)
+
+    def _For(self, node: Any) -> Any:
+        low, extent = self.value(node.min), self.value(node.extent)
+        variable = self.variable(node.loop_var)
+        step = None if node.step is None else self.value(node.step)
+        return tirx.For(variable, low, extent, node.kind, self.statement(node.body), None, node.annotations, step)
+
+    def _While(self, node: Any) -> Any:
+        return tirx.While(self.value(node.condition), self.statement(node.body))
+
+    def _IfThenElse(self, node: Any) -> Any:
+        other = None if node.else_case is None else self.statement(node.else_case)
+        return tirx.IfThenElse(self.value(node.condition), self.statement(node.then_case), other)
+
+    def _BufferStore(self, node: Any) -> Any:
+        return self.store(self.by.get(node.buffer, node.buffer), self.value(node.value), self.values(node.indices))
+
+    def store(self, buffer: Any, value: Expr, indices: list[Expr]) -> Any:
+        return tirx.BufferStore(buffer, value, indices)
+
+    def _Evaluate(self, node: Any) -> Any:
+        return tirx.Evaluate(self.value(node.value))
+
+    # Expressions.
+
+    def values(self, nodes: Any) -> list[Any]:
+        return [self.value(n) for n in nodes]
+
+    def value(self, node: Any) -> Any:
+        if isinstance(node, tirx.Var):
+            return self.by[node] if tirx.is_buffer_var(node) or node in self.by else self.variable(node)
+        if isinstance(node, BINARY):
+            return self.binary(node, self.value(node.a), self.value(node.b))
+        return getattr(self, f"_{type(node).__name__}", self.other)(node)
+
+    def other(self, node: Any) -> Any:
+        raise ValueError(f"{type(node).__name__} stands in a kernel")
+
+    def binary(self, node: Any, a: Expr, b: Expr) -> Expr:
+        return type(node)(a, b)
+
+    def _StringImm(self, node: Any) -> Any:
+        return node
+
+    def _IntImm(self, node: Any) -> Any:
+        return node
+
+    def _FloatImm(self, node: Any) -> Any:
+        return node
+
+    def _Not(self, node: Any) -> Any:
+        return tirx.Not(self.value(node.a))
+
+    def _BitwiseNot(self, node: Any) -> Any:
+        return self.binary(node, self.value(node.a), None)
+
+    def _Cast(self, node: Any) -> Any:
+        return tirx.Cast(str(node.ty.dtype), self.value(node.value))
+
+    def _Select(self, node: Any) -> Any:
+        return tirx.Select(*self.values((node.condition, node.true_value, node.false_value)))
+
+    def _Let(self, node: Any) -> Any:
+        value = self.value(node.value)
+        return tirx.Let(self.variable(node.var), value, self.value(node.body))
+
+    def _TensorLoad(self, node: Any) -> Any:
+        return self.load(node.source, self.values(node.indices))
+
+    def load(self, old: Any, indices: list[Expr]) -> Expr:
+        return tirx.BufferLoad(self.by[old], indices)
+
+    def _Call(self, node: Any) -> Any:
+        return Call(node.op, self.values(node.args), node.attrs, ret_ty=node.ty)
+
+
+class _InWords(_Rebuilt):
+    def __init__(self, kernel: tirx.PrimFunc, constant: Collection[int]) -> None:
+        super().__init__(kernel)
+        self.constant = constant
+        self.packed: dict[Any, str] = {}  # by pointer or buffer, as they were: the elements
+
+    def of(self, dtype: str) -> str:
+        return wide(dtype)
+
+    def parameter(self, number: int, variable: Any) -> Any:
+        if not isinstance(variable.ty, PointerType):
+            return self.variable(variable)
+        dtype = str(variable.ty.element_type.dtype)
+        if number in self.constant and dtype in PACKED:
+            self.packed[variable] = dtype
+        kind = stored(dtype, constant=number in self.constant)
+        return tirx.Var(variable.name, PointerType(PrimType(kind), variable.ty.storage_scope))
+
+    def declared(self, old: Any, pointer: Any, new: Any) -> Any:
+        shape = self.values(old.shape)
+        if pointer in self.packed:
+            self.packed[old] = self.packed[pointer]
+            each = 4 // _bytes(self.packed[old])
+            shape = [tirx.floordiv(d + (each - 1), each) for d in shape]
+        kind = str(new.ty.element_type.dtype)
+        self.by[old] = tirx.decl_buffer(shape, kind, old.name, data=new, layout=None)
+        return self.by[old]
+
+    def _AllocBuffer(self, node: Any) -> Any:
+        old = node.buffer
+        scope = "local" if is_local(old) else str(old.scope())
+        dtype = stored(str(old.dtype), constant=False)
+        self.by[old] = tirx.decl_buffer(self.values(old.shape), dtype, old.name, scope=scope, layout=None)
+        return tirx.AllocBuffer(self.by[old], dict(node.annotations or {}))
+
+    def store(self, buffer: Any, value: Expr, indices: list[Expr]) -> Any:
+        dtype = str(buffer.dtype)
+        value = value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
+        return tirx.BufferStore(buffer, value, indices)
+
+    def load(self, old: Any, indices: list[Expr]) -> Expr:
+        buffer = self.by[old]
+        if old in self.packed:
+            return _unpacked(buffer, indices[0], self.packed[old])
+        value = tirx.BufferLoad(buffer, indices)
+        return value != _int(0) if str(old.dtype) == "bool" else value
+
+    def binary(self, node: Any, a: Expr, b: Expr | None) -> Expr:
+        dtype = str(node.ty.dtype)
+        value = tirx.BitwiseNot(a) if b is None else type(node)(a, b)
+        if b is None or isinstance(node, WRAPPING) or dtype in ("float16", "bfloat16"):
+            return _cut(value, dtype)
+        return value
+
+    def _IntImm(self, node: Any) -> Any:
+        dtype = str(node.ty.dtype)
+        return node if wide(dtype) == dtype else tirx.IntImm(wide(dtype), int(node.value))
+
+    def _FloatImm(self, node: Any) -> Any:
+        dtype = str(node.ty.dtype)
+        return node if wide(dtype) == dtype else tirx.FloatImm(wide(dtype), float(node.value))
+
+    def _Cast(self, node: Any) -> Any:
+        value, dtype = self.value(node.value), str(node.ty.dtype)
+        if str(node.value.ty.dtype) == dtype:
+            return value
+        kind = wide(dtype)
+        value = value if str(value.ty.dtype) == kind else tirx.Cast(kind, value)
+        return _cut(value, dtype)
+
+    def _Call(self, node: Any) -> Any:
+        arguments, dtype = self.values(node.args), str(getattr(node.ty, "dtype", "void"))
+        if node.op.name.endswith("reinterpret") and _bits(node) != _bits(node.args[0]):
+            raise TargetError("PORT-0452", "a kernel takes values apart into narrower ones")
+        if node.op.name.endswith("reinterpret") and _bits(node) != 32:
+            raise TargetError("PORT-0452", f"a kernel reads bits as {dtype}, and its language has only 32 bits")
+        if wide(dtype) == dtype:
+            return Call(node.op, arguments, node.attrs, ret_ty=node.ty)
+        return _cut(Call(node.op, arguments, node.attrs, ret_ty=PrimType(wide(dtype))), dtype)
+
+
+def _bits(node: Any) -> int:
+    return 8 * _bytes(str(node.ty.dtype))
+
+
+def _bytes(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def _cut(value: Expr, dtype: str) -> Expr:
+    """A value of 32 bits within what `dtype` holds."""
+    if dtype in ("uint8", "uint16"):
+        return value & _u32(0xFF if dtype == "uint8" else 0xFFFF)
+    if dtype in ("int8", "int16"):
+        shift = _int(24 if dtype == "int8" else 16)
+        return (value << shift) >> shift
+    if dtype == "bfloat16":
+        bits = tirx.reinterpret("uint32", value)
+        up = bits + ((bits >> _u32(16)) & _u32(1)) + _u32(0x7FFF)
+        return tirx.reinterpret("float32", up & _u32(0xFFFF0000))
+    return _to_half(value) if dtype == "float16" else value
+
+
+def _to_half(value: Expr) -> Expr:
+    """float32 rounded to float16, ties to even; what is too large becomes infinity.
+
+    Numbers below the normal ones are multiples of 2^-24: adding and taking off 0.5 rounds to them.
+    """
+    bits = tirx.reinterpret("uint32", value)
+    magnitude, sign = bits & _u32(0x7FFFFFFF), bits & _u32(0x80000000)
+    kept = (magnitude + ((magnitude >> _u32(13)) & _u32(1)) + _u32(0xFFF)) & _u32(0xFFFFE000)
+    kept = tirx.Select(kept > _u32(0x477FE000), tirx.max(magnitude, _u32(0x7F800000)), kept)
+    tiny = tirx.reinterpret("float32", magnitude) + tirx.FloatImm("float32", 0.5)
+    tiny = tirx.reinterpret("uint32", tiny) - _u32(0x3F000000)
+    tiny = tirx.reinterpret("uint32", tirx.Cast("float32", tiny) * tirx.FloatImm("float32", 2.0**-24))
+    return tirx.reinterpret("float32", tirx.Select(magnitude < _u32(0x38800000), tiny, kept) | sign)
+
+
+def _unpacked(buffer: Any, index: Expr, dtype: str) -> Expr:
+    """Element `index` of a buffer of words, in 32 bits."""
+    bits = 8 * _bytes(dtype)
+    each = tirx.IntImm(str(index.ty.dtype), 32 // bits)
+    place = tirx.Cast("uint32", tirx.floormod(index, each))
+    code = (tirx.BufferLoad(buffer, [tirx.floordiv(index, each)]) >> (place * _u32(bits))) & _u32((1 << bits) - 1)
+    if dtype == "bfloat16":
+        return tirx.reinterpret("float32", code << _u32(16))
+    if dtype == "float16":
+        return _from_half(code)
+    return code if dtype.startswith("uint") else _cut(tirx.Cast("int32", code), dtype)
+
+
+def _from_half(code: Expr) -> Expr:
+    """A float16 as float32, of its bits; subnormal ones are whole multiples of 2^-24."""
+    magnitude, sign = code & _u32(0x7FFF), (code & _u32(0x8000)) << _u32(16)
+    exponent = tirx.Select(magnitude < _u32(0x7C00), _u32(112 << 23), _u32(224 << 23))
+    tiny = tirx.Cast("float32", magnitude) * tirx.FloatImm("float32", 2.0**-24)
+    bits = tirx.Select(
+        magnitude < _u32(0x400), tirx.reinterpret("uint32", tiny), (magnitude << _u32(13)) + exponent
+    )
+    return tirx.reinterpret("float32", bits | sign)
+
+
+def _u32(value: int) -> tirx.IntImm:
+    return tirx.IntImm("uint32", value)
+
+
+def _int(value: int) -> tirx.IntImm:
+    return tirx.IntImm("int32", value)
+
+
+def replaced(expression: Any, by: dict[Any, Any]) -> Any:
+    """An expression with variables replaced by others or by expressions of the same type."""
+    if isinstance(expression, int):
+        return expression
+    copy = _Rebuilt.__new__(_Rebuilt)
+    copy.by = dict(by)
+    return copy.value(expression)
