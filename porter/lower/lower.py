@@ -16,6 +16,8 @@ from porter.lower.blocks.profile import Profile
 from porter.lower.blocks.templates import Chip
 from porter.lower.importer.program import DTYPES, Importer
 from porter.lower.importer.templates import Host, Templates
+from porter.lower.simt import emit, limits
+from porter.lower.simt.program import Program, program
 from porter.target import TargetSpec
 
 LIBRARIES, WEIGHTS, PLAN = "lib", "lib/weights.bin", "plan.json"
@@ -40,13 +42,19 @@ def lower(
     target_tvm = build.tvm_target(target)
     planned = build.planned(imported.module, target_tvm, imported.sources)
     inputs = [v for v in model.graph.inputs if not v.is_initializer()]
-    made = plan.Plan(
+    made = (Program if target.family == "simt" else plan.Plan)(
         bounds=imported.bounds,
         inputs=[_interface(v) for v in inputs],
         outputs=[_interface(v) for v in model.graph.outputs],
         in_place=imported.in_place,
     )
-    plan.extract(planned.module, made, imported.parameters, planned.nodes)
+    if isinstance(made, Program):
+        kernels = program(planned.module, made, imported.parameters, planned.nodes, target)
+        emit.describe(made, kernels, imported.parameters, target)
+        limits.check(made, kernels, target)
+        emit.write(made, kernels, target, folder)
+    else:
+        plan.extract(planned.module, made, imported.parameters, planned.nodes)
     progress(0.2)
     (folder / LIBRARIES).mkdir(exist_ok=True)
     library = build.write_library(build.compiled(planned.module, target_tvm), folder / LIBRARIES)
@@ -54,7 +62,10 @@ def lower(
     progress(0.6)
     total = sum(p.bytes for p in imported.parameters) or 1
     weights.write(
-        imported.parameters, folder / WEIGHTS, lambda done: progress(0.6 + 0.4 * min(1.0, done / total))
+        imported.parameters,
+        folder / WEIGHTS,
+        lambda done: progress(0.6 + 0.4 * min(1.0, done / total)),
+        emit.alignment(target),
     )
     (folder / PLAN).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
     return made

@@ -18,6 +18,7 @@ from tvm import relax
 from porter import memory
 from porter.context import Feeds
 from porter.errors import BundleError, OptionError
+from porter.run import fitting
 from porter.run.protocol import TensorSpec
 
 ALIGNMENT = 64  # kernels load whole vectors, so a buffer must begin on a cache line
@@ -49,9 +50,10 @@ class HostRunner:
 
     def run(self, feeds: Feeds) -> Feeds:
         """Outputs by name; one that overwrites an input is that input's own array, if that can be written."""
-        self._check(feeds)
+        fitting.check(feeds, self.inputs, self.bounds)
         arrays = [np.asarray(feeds[name]) for name in self.inputs]
-        self._check_apart(arrays)
+        places = [a.ctypes.data if a.size else None for a in arrays]
+        fitting.check_apart(list(self.inputs), places, set(self.in_place.values()))
         lent = dict(zip(self.inputs, map(_lend, arrays), strict=True))
         try:
             results = self._main(*lent.values(), *self._weights)
@@ -64,45 +66,6 @@ class HostRunner:
             name: taken[self.in_place[name]] if name in self.in_place else _array(result)
             for name, result in zip(self.outputs, results, strict=True)
         }
-
-    def _check(self, feeds: Feeds) -> None:
-        """Every wrong feed is named before any kernel runs: kernels trust their sizes."""
-        for name in feeds:
-            if name not in self.inputs:
-                what = f"there is no input {name!r}"
-                raise OptionError("PORT-0502", what, hint=f"the inputs are: {', '.join(self.inputs)}")
-        sizes: dict[str, int] = {}
-        for name, spec in self.inputs.items():
-            if name not in feeds:
-                raise OptionError("PORT-0502", "an input is missing", where=name)
-            array = np.asarray(feeds[name])
-            if array.dtype != spec.dtype or array.ndim != len(spec.shape):
-                what = (
-                    f"wanted {spec.dtype} of rank {len(spec.shape)}, got {array.dtype} of rank {array.ndim}"
-                )
-                raise OptionError("PORT-0502", what, where=name)
-            for wanted, got in zip(spec.shape, array.shape, strict=True):
-                self._check_size(name, wanted, got, sizes)
-
-    def _check_size(self, name: str, wanted: int | str, got: int, sizes: dict[str, int]) -> None:
-        if isinstance(wanted, int):
-            if got != wanted:
-                raise OptionError("PORT-0502", f"wanted a dimension of {wanted}, got {got}", where=name)
-            return
-        if sizes.setdefault(wanted, got) != got:
-            raise OptionError("PORT-0502", f"{wanted} is {sizes[wanted]} elsewhere, {got} here", where=name)
-        if got > self.bounds.get(wanted, got):
-            what = f"{wanted} is {got}, but memory was planned for at most {self.bounds[wanted]}"
-            raise OptionError("PORT-0502", what, where=name, hint="convert with a larger limit")
-
-    def _check_apart(self, arrays: list[np.ndarray]) -> None:
-        """What is written to must not be another input's array as well."""
-        written, owners = set(self.in_place.values()), {}
-        for name, array in zip(self.inputs, arrays, strict=True):
-            other = owners.setdefault(array.ctypes.data, name) if written and array.size else name
-            if other != name and (name in written or other in written):
-                what = f"the same array is fed to {other!r}, and one of the two is written to"
-                raise OptionError("PORT-0502", what, where=name, hint="feed a copy")
 
 
 def _spec(entry: dict[str, Any]) -> TensorSpec:

@@ -6,6 +6,7 @@ off the host's part.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,18 +22,21 @@ from porter.errors import TargetError
 from porter.lower.simt import schedule, storage
 from porter.lower.simt.language import Language
 
+_INFINITY = re.compile(r"\binff\b")  # as TVM writes it
 MOST_SOURCE = 64 << 10  # characters of a kernel: more is an unrolled mistake, which compilers take minutes for
 
 
 @dataclass
 class Kernel:
-    """Device code. `writes` says which of its buffers it writes to, `scalars` their types in order."""
+    """Device code. `writes` says which of its buffers it writes to; `scalars` are the types of the rest, in order;
+    a group is `block` threads in x, y, z and shares `shared` bytes."""
 
     name: str
     function: tirx.PrimFunc
     writes: list[bool]
     scalars: list[str]
     shared: int
+    block: list[int]
     source: str = ""
 
 
@@ -45,7 +49,6 @@ class Dispatch:
     buffers: list[int]
     scalars: list[Expr]
     grid: list[Expr]
-    block: list[int]
 
 
 @dataclass
@@ -64,10 +67,13 @@ def compiled(
 
     Raises TargetError PORT-0451 when no schedule of it compiles, what `storage.stored` does.
     """
-    reason = "there is no schedule for it"
+    reason, name = "there is no schedule for it", str(function.attrs["global_symbol"])
+    # A kernel cannot stop the program. (What asserts guard is wrapped or clamped where it is read.)
+    function = tirx.transform.SkipAssert()(tvm.IRModule({name: function}))[name]
+    function = tirx.transform.RemoveNoOp()(tvm.IRModule({name: function}))[name]
     for bound in schedule.attempts(function, target):
         try:
-            made = _launched(_split(bound, target), str(function.attrs["global_symbol"]))
+            made = _launched(_split(bound, target), name)
             for dispatch in made.dispatches:
                 _write(dispatch.kernel, target, language, constant, dispatch)
         except (RuntimeError, ValueError) as error:  # TVM's errors
@@ -78,7 +84,7 @@ def compiled(
             return made
         reason = f"its source has {longest} characters"
     what = f"TVM makes no kernel of it: {reason}"
-    raise TargetError("PORT-0451", what, where=str(function.attrs["global_symbol"]))
+    raise TargetError("PORT-0451", what, where=name)
 
 
 @pass_instrument
@@ -96,7 +102,7 @@ class _Parted:
 
 def _split(function: tirx.PrimFunc, target: tvm.target.Target) -> tvm.IRModule:
     module = tvm.IRModule({str(function.attrs["global_symbol"]): function})
-    module = tirx.transform.SkipAssert()(tirx.transform.BindTarget(target)(module))
+    module = tirx.transform.BindTarget(target)(module)
     kept, (pipeline, *_) = _Parted(), default_s_tir_pipeline()
     # A thread computes one element after another: vectors of eight are no type of these languages.
     with tvm.transform.PassContext(instruments=[kept], config={"tirx.disable_vectorize": True}):
@@ -160,7 +166,8 @@ class _Host:
             raise ValueError("shared memory of a size known only at run time")
         cut = len(arguments) - len(axes)
         sizes = dict(zip(axes, map(self.value, arguments[cut:]), strict=True))
-        kernel = _kernel(str(name.value), self.kernels[str(name.value)])
+        block = [int(sizes.get(f"threadIdx.{x}", 1)) for x in "xyz"]
+        kernel = _kernel(str(name.value), self.kernels[str(name.value)], block)
         count = len(kernel.writes)
         self.made.dispatches.append(
             Dispatch(
@@ -168,12 +175,11 @@ class _Host:
                 [self.buffer(a) for a in arguments[:count]],
                 [self.value(a) for a in arguments[count:cut]],
                 [sizes.get(f"blockIdx.{x}", tirx.IntImm("int64", 1)) for x in "xyz"],
-                [int(sizes.get(f"threadIdx.{x}", 1)) for x in "xyz"],
             )
         )
 
 
-def _kernel(name: str, function: tirx.PrimFunc) -> Kernel:
+def _kernel(name: str, function: tirx.PrimFunc, block: list[int]) -> Kernel:
     pointers = [p for p in function.params if hasattr(p.ty, "element_type")]
     scalars = [str(p.ty.dtype) for p in function.params[len(pointers) :]]
     written: set[Any] = set()
@@ -196,7 +202,7 @@ def _kernel(name: str, function: tirx.PrimFunc) -> Kernel:
 
     for kind, callback in ((tirx.DeclBuffer, declared), (tirx.AllocBuffer, allocated), (tirx.BufferStore, stored)):
         structural_walk(function.body, (kind, callback), order="pre")
-    return Kernel(name, function, [p in written for p in pointers], scalars, shared)
+    return Kernel(name, function, [p in written for p in pointers], scalars, shared, block)
 
 
 def _write(
@@ -207,6 +213,7 @@ def _write(
     if language.words:
         packed = [i for i, b in enumerate(dispatch.buffers) if b in constant]
         kernel.function = storage.in_words(function, packed)
+        kernel.scalars = [storage.wide(s) for s in kernel.scalars]
     else:
         kernel.function = storage.of_threads(function)
     kernel.source = source(tvm.IRModule({kernel.name: kernel.function}), target, language)
@@ -216,4 +223,7 @@ def source(module: tvm.IRModule, target: tvm.target.Target, language: Language) 
     """The text of a module of device functions."""
     *_, finalize = default_s_tir_pipeline()
     build = tvm.get_global_func(f"target.build.{target.kind.name}")
-    return str(build(finalize()(module), target).inspect_source(language.name))
+    text = str(build(finalize()(module), target).inspect_source(language.name))
+    if not language.infinity or not _INFINITY.search(text):
+        return text
+    return language.head + _INFINITY.sub(language.infinity, text)

@@ -16,7 +16,8 @@ class Language:
 
     `words`: only elements of 32 bits are stored, so that others are packed in words or widened to one.
     `apart`: a kernel is a module of its own. `shared`: bytes that a group may declare without asking, 0 for
-    what the target says. `options` are TVM's, besides the limits.
+    what the target says. `infinity` is written for it where the language has no constant of it, and `head`
+    stands before a module. `options` are TVM's, besides the limits.
     """
 
     name: str
@@ -24,13 +25,22 @@ class Language:
     words: bool = False
     apart: bool = False
     shared: int = 0
+    infinity: str = ""
+    head: str = ""
     options: tuple[tuple[str, object], ...] = ()
 
 
 LANGUAGES = {
-    # Subgroup kernels of TVM assume 32 lanes, which an adapter need not have.
+    # Constant expressions must not be infinite in WGSL; a variable may. Subgroup kernels of TVM assume 32
+    # lanes, which an adapter need not have.
     "webgpu": Language(
-        "wgsl", "wgsl", words=True, apart=True, options=(("supports_subgroups", False),)
+        "wgsl",
+        "wgsl",
+        words=True,
+        apart=True,
+        infinity="bitcast<f32>(infinity)",
+        head="var<private> infinity : u32 = 0x7f800000u;\n",
+        options=(("supports_subgroups", False),),
     ),
     "cuda": Language("cuda", "cu", shared=48 << 10),
 }
