@@ -13,13 +13,13 @@ from typing import Any
 
 import tvm
 from tvm import tirx
-from tvm.ir import Expr, StringImm
+from tvm.ir import Expr, PointerType, StringImm
 from tvm.ir.instrument import pass_instrument
 from tvm.s_tir.pipeline import default_s_tir_pipeline
 from tvm_ffi import structural_walk
 
 from porter.errors import TargetError
-from porter.lower.simt import schedule, storage
+from porter.lower.simt import rebuild, schedule, storage
 from porter.lower.simt.language import Language
 
 _INFINITY = re.compile(r"\binff\b")  # as TVM writes it
@@ -29,7 +29,8 @@ MOST_SOURCE = 64 << 10  # characters of a kernel: more is an unrolled mistake, w
 @dataclass
 class Kernel:
     """Device code. `writes` says which of its buffers it writes to; `scalars` are the types of the rest, in order;
-    a group is `block` threads in x, y, z and shares `shared` bytes."""
+    a group is `block` threads in x, y, z and shares `shared` bytes. Parameters whose numbers are in `natural`
+    are never negative."""
 
     name: str
     function: tirx.PrimFunc
@@ -37,6 +38,7 @@ class Kernel:
     scalars: list[str]
     shared: int
     block: list[int]
+    natural: list[int]
     source: str = ""
 
 
@@ -70,7 +72,7 @@ def compiled(
     reason, name = "there is no schedule for it", str(function.attrs["global_symbol"])
     # A kernel cannot stop the program. (What asserts guard is wrapped or clamped where it is read.)
     function = tirx.transform.SkipAssert()(tvm.IRModule({name: function}))[name]
-    function = tirx.transform.RemoveNoOp()(tvm.IRModule({name: function}))[name]
+    function = rebuild.of_threads(tirx.transform.RemoveNoOp()(tvm.IRModule({name: function}))[name])
     for bound in schedule.attempts(function, target):
         try:
             made = _launched(_split(bound, target), name)
@@ -149,8 +151,18 @@ class _Host:
         elif not isinstance(node, tirx.Evaluate):
             raise ValueError(f"{type(node).__name__} stands between launches")
 
+    def _natural(self, scalar: Expr) -> bool:
+        """Whether it is never negative: sizes of buffers are not, of scalar parameters nothing is known."""
+        if not str(scalar.ty.dtype).startswith("int"):
+            return False
+        analyzer = tvm.sym.Analyzer()
+        for symbol in tirx.analysis.undefined_vars(scalar):
+            if symbol not in self.buffers:
+                analyzer.bind(symbol, tvm.ir.Range(0, rebuild.FAR))
+        return bool(analyzer.can_prove(scalar >= 0))
+
     def value(self, expression: Expr) -> Expr:
-        return storage.replaced(expression, self.bound)
+        return rebuild.replaced(expression, self.bound)
 
     def buffer(self, pointer: Any) -> int:
         """`pointer` is `buffer.data`."""
@@ -167,19 +179,21 @@ class _Host:
         cut = len(arguments) - len(axes)
         sizes = dict(zip(axes, map(self.value, arguments[cut:]), strict=True))
         block = [int(sizes.get(f"threadIdx.{x}", 1)) for x in "xyz"]
-        kernel = _kernel(str(name.value), self.kernels[str(name.value)], block)
-        count = len(kernel.writes)
+        scalars = [self.value(a) for a in arguments[:cut] if not isinstance(a.ty, PointerType)]
+        count = cut - len(scalars)
+        natural = [count + i for i, s in enumerate(scalars) if self._natural(s)]
+        kernel = _kernel(str(name.value), self.kernels[str(name.value)], block, natural)
         self.made.dispatches.append(
             Dispatch(
                 kernel,
                 [self.buffer(a) for a in arguments[:count]],
-                [self.value(a) for a in arguments[count:cut]],
+                scalars,
                 [sizes.get(f"blockIdx.{x}", tirx.IntImm("int64", 1)) for x in "xyz"],
             )
         )
 
 
-def _kernel(name: str, function: tirx.PrimFunc, block: list[int]) -> Kernel:
+def _kernel(name: str, function: tirx.PrimFunc, block: list[int], natural: list[int]) -> Kernel:
     pointers = [p for p in function.params if hasattr(p.ty, "element_type")]
     scalars = [str(p.ty.dtype) for p in function.params[len(pointers) :]]
     written: set[Any] = set()
@@ -202,7 +216,7 @@ def _kernel(name: str, function: tirx.PrimFunc, block: list[int]) -> Kernel:
 
     for kind, callback in ((tirx.DeclBuffer, declared), (tirx.AllocBuffer, allocated), (tirx.BufferStore, stored)):
         structural_walk(function.body, (kind, callback), order="pre")
-    return Kernel(name, function, [p in written for p in pointers], scalars, shared, block)
+    return Kernel(name, function, [p in written for p in pointers], scalars, shared, block, natural)
 
 
 def _write(
@@ -212,10 +226,10 @@ def _write(
     function = kernel.function
     if language.words:
         packed = [i for i, b in enumerate(dispatch.buffers) if b in constant]
-        kernel.function = storage.in_words(function, packed)
+        kernel.function = storage.in_words(function, packed, kernel.natural)
         kernel.scalars = [storage.wide(s) for s in kernel.scalars]
     else:
-        kernel.function = storage.of_threads(function)
+        kernel.function = rebuild.Rebuilt(function, kernel.natural).run()
     kernel.source = source(tvm.IRModule({kernel.name: kernel.function}), target, language)
 
 

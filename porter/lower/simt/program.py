@@ -17,7 +17,7 @@ from tvm import relax, tirx
 from tvm.ir import Constant
 
 from porter.lower.plan import Buffer, Plan, Walker, extract
-from porter.lower.simt import kernels, storage
+from porter.lower.simt import kernels, rebuild, storage
 from porter.lower.simt.kernels import Compiled, Kernel
 from porter.lower.simt.language import Language, device, language
 from porter.lower.simt.trees import Tree, Trees
@@ -139,7 +139,7 @@ class _Walker(Walker):
         self, step: kernels.Dispatch, names: list[str], scratch: list[str], symbols: dict[Any, Any]
     ) -> None:
         def told(expression: Any) -> Tree:
-            return self.trees.of(storage.replaced(expression, symbols))
+            return self.trees.of(rebuild.replaced(expression, symbols))
 
         self.plan.dispatches.append(
             {
@@ -188,7 +188,7 @@ class _Walker(Walker):
             at = len(self.plan.storages)
             self.plan.storages.append({"offset": self.plan.workspace_bytes, "bytes": 0, "scratch": number})
         name = self.unique(name)
-        size = storage.replaced(count, symbols)
+        size = rebuild.replaced(count, symbols)
         stored = storage.stored(dtype, constant=False) if self.language.words else dtype
         total = (size * _bytes(stored) + 3) // 4 * 4
         self.plan.tensors[name] = Tensor([self.trees.of(size)], stored, at, self.trees.of(total))

@@ -1,7 +1,7 @@
 """Schedules: a function's loops dealt out over groups of threads.
 
-TVM's dlight rules are tried one after another, each on the function as it was: some fail in a later pass, or
-unroll a symbolic product into hundreds of kilobytes, so that who compiles decides which attempt stands.
+Ways are tried one after another, each on the function as it was: some of TVM's own rules fail in a later pass,
+or unroll a symbolic product into hundreds of kilobytes, so that who compiles decides which attempt stands.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import Any
 import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir import dlight
+from tvm.s_tir.dlight.analysis import normalize_prim_func
+from tvm.s_tir.dlight.base import try_inline
 from tvm_ffi import structural_map
 
-GROUP = 64  # threads of a group where a loop is dealt out by hand
-RULES = (
-    (dlight.gpu.Matmul, dlight.gpu.GEMV, dlight.gpu.Reduction, dlight.gpu.GeneralReduction, dlight.gpu.Fallback),
-    (dlight.gpu.Fallback,),
-)
+GROUP = 64  # threads of a group, where no rule of TVM's says how many
+RULES = (dlight.gpu.Matmul, dlight.gpu.GEMV, dlight.gpu.Reduction, dlight.gpu.GeneralReduction)
 
 
 def attempts(function: tirx.PrimFunc, target: tvm.target.Target) -> Iterator[tirx.PrimFunc]:
@@ -30,14 +29,52 @@ def attempts(function: tirx.PrimFunc, target: tvm.target.Target) -> Iterator[tir
     if _is_opaque(function):
         yield _by_hand(function)
         return
-    for rules in RULES:
-        module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+    for schedule in (_by_rules, _by_elements, _by_fallback):
         try:
-            with target:
-                bound = dlight.ApplyDefaultSchedule(*(rule() for rule in rules))(module)["main"]
-        except Exception:  # noqa: BLE001, S112 (TVM raises many kinds; the next attempt may do)
+            bound = schedule(function, target)
+        except RuntimeError:  # TVM's; the next attempt may do
             continue
-        yield bound.with_attr("global_symbol", str(function.attrs["global_symbol"]))
+        if bound is not None:
+            yield bound.with_attr("global_symbol", str(function.attrs["global_symbol"]))
+
+
+def _by_rules(function: tirx.PrimFunc, target: tvm.target.Target) -> tirx.PrimFunc | None:
+    """TVM's rules for products and reductions, where one knows the function."""
+    for rule in RULES:
+        with target:
+            found = rule().apply(function, target, False)
+        if found is not None:
+            return (found[0] if isinstance(found, list) else found).mod["main"]
+    return None
+
+
+def _by_fallback(function: tirx.PrimFunc, target: tvm.target.Target) -> tirx.PrimFunc | None:
+    found = dlight.gpu.Fallback().apply(function, target, False)
+    return None if found is None else found.mod["main"]
+
+
+def _by_elements(function: tirx.PrimFunc, target: tvm.target.Target) -> tirx.PrimFunc | None:
+    """A thread computes an element, and keeps its sum to itself; blocks that may be inlined are."""
+    schedule = s_tir.Schedule(function)
+    blocks = normalize_prim_func(schedule)
+    if blocks is None:
+        return None
+    threads = int(target.attrs["max_num_threads"])
+    for found in try_inline(schedule, blocks):
+        block, kinds = found.block_rv, found.dom_kind()
+        loops = schedule.get_loops(block)
+        spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == "S"]
+        reduced = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != "S"]
+        spatial = spatial or [schedule.add_unit_loop(block)]
+        schedule.reorder(*spatial, *reduced)
+        total = schedule.cache_write(block, 0, "local") if "R" in kinds else None
+        group, lane = schedule.split(schedule.fuse(*spatial), factors=[None, min(GROUP, threads)])
+        schedule.bind(group, "blockIdx.x")
+        schedule.bind(lane, "threadIdx.x")
+        if total is not None:
+            schedule.reverse_compute_at(total, lane)
+            schedule.decompose_reduction(block, reduced[0])
+    return schedule.mod["main"]
 
 
 def _by_hand(function: tirx.PrimFunc) -> tirx.PrimFunc:

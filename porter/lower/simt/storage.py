@@ -8,14 +8,15 @@ rounded wherever a value becomes one. int64 holds indices and token ids, which f
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 from tvm import tirx
-from tvm.ir import Call, Expr, PointerType, PrimType, TensorLoad
+from tvm.ir import Call, Expr, PointerType, PrimType
 
 from porter.errors import TargetError
+from porter.lower.simt.rebuild import WRAPPING, Rebuilt, is_global
 
 PACKED = ("int8", "uint8", "int16", "uint16", "float16", "bfloat16")
 WIDE = {
@@ -23,12 +24,6 @@ WIDE = {
     **dict.fromkeys(("uint8", "uint16", "uint32", "uint64"), "uint32"),
     **dict.fromkeys(("float16", "bfloat16", "float32"), "float32"),
 }
-WRAPPING = (tirx.Add, tirx.Sub, tirx.Mul, tirx.LShift)
-BINARY = (
-    *WRAPPING, tirx.Div, tirx.Mod, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max, tirx.RShift,
-    tirx.BitwiseAnd, tirx.BitwiseOr, tirx.BitwiseXor,
-    tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.And, tirx.Or,
-)  # fmt: skip
 
 
 def stored(dtype: str, *, constant: bool) -> str:
@@ -46,165 +41,19 @@ def wide(dtype: str) -> str:
     return WIDE.get(dtype, dtype)
 
 
-def is_local(buffer: Any) -> bool:
-    """Whether TVM left an array within a kernel in `global`: it belongs to one thread."""
-    return str(buffer.scope()) in ("", "global")
-
-
-def of_threads(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
-    """The kernel with arrays that stand within it as each thread's own."""
-    return _Rebuilt(kernel).run()
-
-
-def in_words(kernel: tirx.PrimFunc, constant: Collection[int]) -> tirx.PrimFunc:
-    """The same in 32 bits; parameters whose numbers are in `constant` are packed.
+def in_words(kernel: tirx.PrimFunc, constant: Collection[int], natural: Sequence[int] = ()) -> tirx.PrimFunc:
+    """The kernel in 32 bits; parameters whose numbers are in `constant` are packed, those in `natural` never
+    negative.
 
     The kernel is one of TVM's device functions: pointers and scalars come in, buffers are flat. Raises what
     `wide` does.
     """
-    return _InWords(kernel, constant).run()
+    return _InWords(kernel, constant, natural).run()
 
 
-class _Rebuilt:
-    """A copy of a kernel, node by node. (tvm_ffi's structural_map corrupts memory when types change.)"""
-
-    def __init__(self, kernel: tirx.PrimFunc) -> None:
-        self.kernel = kernel
-        self.by: dict[Any, Any] = {}
-
-    def run(self) -> tirx.PrimFunc:
-        kernel = self.kernel
-        params = [self.parameter(i, p) for i, p in enumerate(kernel.params)]
-        self.by.update(zip(kernel.params, params, strict=True))
-        return tirx.PrimFunc(params, self.statement(kernel.body), kernel.ret_type, kernel.attrs)
-
-    def parameter(self, number: int, variable: Any) -> Any:
-        return variable
-
-    def of(self, dtype: str) -> str:
-        return dtype
-
-    def variable(self, old: Any) -> Any:
-        if old not in self.by:
-            dtype = self.of(str(old.ty.dtype))
-            self.by[old] = old if dtype == str(old.ty.dtype) else tirx.Var(old.name, dtype)
-        return self.by[old]
-
-    # Statements.
-
-    def statement(self, node: Any) -> Any:
-        return getattr(self, f"_{type(node).__name__}")(node)
-
-    def _SeqStmt(self, node: Any) -> Any:
-        return tirx.SeqStmt([self.statement(s) for s in node.seq])
-
-    def _DeclBuffer(self, node: Any) -> Any:
-        pointer = self.by.get(node.data, node.data)
-        buffer = self.declared(node.buffer, node.data, pointer)
-        return tirx.DeclBuffer(buffer, data=pointer)
-
-    def declared(self, old: Any, pointer: Any, new: Any) -> Any:
-        self.by[old] = old
-        return old
-
-    def _AllocBuffer(self, node: Any) -> Any:
-        old = node.buffer
-        shape = [self.value(d) for d in old.shape]
-        scope = "local" if is_local(old) else str(old.scope())
-        dtype = self.of(str(old.dtype))
-        self.by[old] = tirx.decl_buffer(shape, dtype, old.name, scope=scope, layout=None)
-        return tirx.AllocBuffer(self.by[old], dict(node.annotations or {}))
-
-    def _AttrStmt(self, node: Any) -> Any:
-        target = node.node
-        if isinstance(target, tirx.IterVar):
-            variable = self.variable(target.var)
-            kept = target if variable is target.var else None
-            target = kept or tirx.IterVar(None, variable, target.iter_type, target.thread_tag)
-        return tirx.AttrStmt(target, node.attr_key, self.value(node.value), self.statement(node.body))
-
-    def _Bind(self, node: Any) -> Any:
-        value = self.value(node.value)
-        return tirx.Bind(self.variable(node.var), value)
-
-    def _For(self, node: Any) -> Any:
-        low, extent = self.value(node.min), self.value(node.extent)
-        variable = self.variable(node.loop_var)
-        step = None if node.step is None else self.value(node.step)
-        return tirx.For(variable, low, extent, node.kind, self.statement(node.body), None, node.annotations, step)
-
-    def _While(self, node: Any) -> Any:
-        return tirx.While(self.value(node.condition), self.statement(node.body))
-
-    def _IfThenElse(self, node: Any) -> Any:
-        other = None if node.else_case is None else self.statement(node.else_case)
-        return tirx.IfThenElse(self.value(node.condition), self.statement(node.then_case), other)
-
-    def _BufferStore(self, node: Any) -> Any:
-        return self.store(self.by.get(node.buffer, node.buffer), self.value(node.value), self.values(node.indices))
-
-    def store(self, buffer: Any, value: Expr, indices: list[Expr]) -> Any:
-        return tirx.BufferStore(buffer, value, indices)
-
-    def _Evaluate(self, node: Any) -> Any:
-        return tirx.Evaluate(self.value(node.value))
-
-    # Expressions.
-
-    def values(self, nodes: Any) -> list[Any]:
-        return [self.value(n) for n in nodes]
-
-    def value(self, node: Any) -> Any:
-        if isinstance(node, tirx.Var):
-            return self.by[node] if tirx.is_buffer_var(node) or node in self.by else self.variable(node)
-        if isinstance(node, BINARY):
-            return self.binary(node, self.value(node.a), self.value(node.b))
-        return getattr(self, f"_{type(node).__name__}", self.other)(node)
-
-    def other(self, node: Any) -> Any:
-        raise ValueError(f"{type(node).__name__} stands in a kernel")
-
-    def binary(self, node: Any, a: Expr, b: Expr) -> Expr:
-        return type(node)(a, b)
-
-    def _StringImm(self, node: Any) -> Any:
-        return node
-
-    def _IntImm(self, node: Any) -> Any:
-        return node
-
-    def _FloatImm(self, node: Any) -> Any:
-        return node
-
-    def _Not(self, node: Any) -> Any:
-        return tirx.Not(self.value(node.a))
-
-    def _BitwiseNot(self, node: Any) -> Any:
-        return self.binary(node, self.value(node.a), None)
-
-    def _Cast(self, node: Any) -> Any:
-        return tirx.Cast(str(node.ty.dtype), self.value(node.value))
-
-    def _Select(self, node: Any) -> Any:
-        return tirx.Select(*self.values((node.condition, node.true_value, node.false_value)))
-
-    def _Let(self, node: Any) -> Any:
-        value = self.value(node.value)
-        return tirx.Let(self.variable(node.var), value, self.value(node.body))
-
-    def _TensorLoad(self, node: Any) -> Any:
-        return self.load(node.source, self.values(node.indices))
-
-    def load(self, old: Any, indices: list[Expr]) -> Expr:
-        return tirx.BufferLoad(self.by[old], indices)
-
-    def _Call(self, node: Any) -> Any:
-        return Call(node.op, self.values(node.args), node.attrs, ret_ty=node.ty)
-
-
-class _InWords(_Rebuilt):
-    def __init__(self, kernel: tirx.PrimFunc, constant: Collection[int]) -> None:
-        super().__init__(kernel)
+class _InWords(Rebuilt):
+    def __init__(self, kernel: tirx.PrimFunc, constant: Collection[int], natural: Sequence[int]) -> None:
+        super().__init__(kernel, natural)
         self.constant = constant
         self.packed: dict[Any, str] = {}  # by pointer or buffer, as they were: the elements
 
@@ -232,7 +81,7 @@ class _InWords(_Rebuilt):
 
     def _AllocBuffer(self, node: Any) -> Any:
         old = node.buffer
-        scope = "local" if is_local(old) else str(old.scope())
+        scope = "local" if is_global(old) else str(old.scope())
         dtype = stored(str(old.dtype), constant=False)
         self.by[old] = tirx.decl_buffer(self.values(old.shape), dtype, old.name, scope=scope, layout=None)
         return tirx.AllocBuffer(self.by[old], dict(node.annotations or {}))
@@ -251,7 +100,7 @@ class _InWords(_Rebuilt):
 
     def binary(self, node: Any, a: Expr, b: Expr | None) -> Expr:
         dtype = str(node.ty.dtype)
-        value = tirx.BitwiseNot(a) if b is None else type(node)(a, b)
+        value = tirx.BitwiseNot(a) if b is None else super().binary(node, a, b)
         if b is None or isinstance(node, WRAPPING) or dtype in ("float16", "bfloat16"):
             return _cut(value, dtype)
         return value
@@ -261,8 +110,12 @@ class _InWords(_Rebuilt):
         return node if wide(dtype) == dtype else tirx.IntImm(wide(dtype), int(node.value))
 
     def _FloatImm(self, node: Any) -> Any:
-        dtype = str(node.ty.dtype)
-        return node if wide(dtype) == dtype else tirx.FloatImm(wide(dtype), float(node.value))
+        """TVM writes seven digits into WGSL: a constant that they do not tell is written as its bits."""
+        wide(str(node.ty.dtype))
+        value = np.float32(node.value)
+        if not np.isfinite(value) or np.float32(f"{value:e}") == value:
+            return tirx.FloatImm("float32", float(value))
+        return tirx.reinterpret("float32", _u32(int(value.view(np.uint32))))
 
     def _Cast(self, node: Any) -> Any:
         value, dtype = self.value(node.value), str(node.ty.dtype)
@@ -350,12 +203,3 @@ def _u32(value: int) -> tirx.IntImm:
 
 def _int(value: int) -> tirx.IntImm:
     return tirx.IntImm("int32", value)
-
-
-def replaced(expression: Any, by: dict[Any, Any]) -> Any:
-    """An expression with variables replaced by others or by expressions of the same type."""
-    if isinstance(expression, int):
-        return expression
-    copy = _Rebuilt.__new__(_Rebuilt)
-    copy.by = dict(by)
-    return copy.value(expression)
