@@ -79,9 +79,9 @@ class Bundle:
 
     def runner(self) -> Runner:
         """The lowered program, ready to run."""
-        from porter.run.host import HostRunner
+        from porter.run.opening import opened
 
-        return HostRunner(self.path)
+        return opened(self.path)
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was beside the model, if one was."""

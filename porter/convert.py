@@ -83,6 +83,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 pipeline=str(pipeline),
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
+                kinds=_kinds(spec, executed=found.executed),
                 attention=found.heads,
                 recomputed=found.recomputed,
                 memory=figures.of_conversion(source, lowered, evidence.plan, watch)
@@ -96,6 +97,11 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             _write_reports(report, folder)
             _hold_budget(report, options)
     return report
+
+
+def _kinds(spec: TargetSpec, *, executed: bool) -> dict[str, str]:
+    """How the lowered program's drift came about: by the target itself, or by what computes as it would."""
+    return {} if executed or spec.family == "host" else dict.fromkeys(("total", "lowering"), "simulated")
 
 
 def _hold_budget(report: DriftReport, options: Options) -> None:

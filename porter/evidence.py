@@ -20,12 +20,13 @@ from porter.drift.measure import Runnable, feeds_for, measure
 from porter.drift.streamed import Interface, Streamed
 from porter.options import Options, Progress
 from porter.pipeline import Pipeline
+from porter.run.opening import executes
 from porter.run.reference import ReferenceRunner
 from porter.run.tally import Tally
 
 if TYPE_CHECKING:
     from porter.drift.compare import Comparison
-    from porter.run.host import HostRunner
+    from porter.run.protocol import Runner
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ class Evidence:
 @dataclass(frozen=True)
 class Measured:
     """Drift of the model after its passes and of the lowered program, what a quantized cache does to each
-    head of a model that can be opened, and how often attention was computed from an exact copy."""
+    head of a model that can be opened, and how often attention was computed from an exact copy. `executed`:
+    on a device, by the kernels that were made for it."""
 
     drift: Mapping[str, Comparison]
     heads: list[attention.Head]
     recomputed: Mapping[str, Tally]
+    executed: bool = False
 
 
 def gather(source: Path, model: ir.Model, options: Options, limit: int, single: int) -> Evidence:
@@ -97,15 +100,16 @@ def measured(
         ports = _ports(evidence, model, ported, folder, path)
         kept = _in_folder(reference, folder)
         drift = measure(kept, ports, feeds, lambda f: progress("measure", f), folder, evidence.single)
+    executed = executes(ports["total"].runner)
     port, recomputed = ports["total"], {name: p.tally for name, p in ports.items() if p.tally.steps}
     if not evidence.single or reference.streamed:
-        return Measured(drift, [], recomputed)
+        return Measured(drift, [], recomputed, executed)
     progress("attention", 0.0)
     opened = standard(graph.load(folder / bundle.MODEL))
     steps = 1 if reference.whole else attention.STEPS  # a step of a large model decodes every weight
     heads = attention.heads(opened, ported, port.runner, feeds, steps, lambda f: progress("attention", f))
     port.close()
-    return Measured(drift, heads, recomputed)
+    return Measured(drift, heads, recomputed, executed)
 
 
 def _ports(
@@ -126,7 +130,7 @@ def _ports(
             reference.words,
             **way,
         ),
-        "total": Runnable.over("total", lambda: _host(folder), ported, model, reference.words),
+        "total": Runnable.over("total", lambda: _opened(folder), ported, model, reference.words),
     }
 
 
@@ -153,7 +157,7 @@ def _in_folder(model: Runnable, folder: Path) -> Runnable:
     return replace(model, streamed=replace(model.streamed, folder=folder)) if model.streamed else model
 
 
-def _host(folder: Path) -> HostRunner:
-    from porter.run.host import HostRunner
+def _opened(folder: Path) -> Runner:
+    from porter.run.opening import opened
 
-    return HostRunner(folder)
+    return opened(folder)

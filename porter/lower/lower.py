@@ -51,7 +51,7 @@ def lower(
     if isinstance(made, Program):
         kernels = program(planned.module, made, imported.parameters, planned.nodes, target)
         emit.describe(made, kernels, imported.parameters, target)
-        limits.check(made, kernels, target)
+        limits.fit(made, kernels, target)
         emit.write(made, kernels, target, folder)
     else:
         plan.extract(planned.module, made, imported.parameters, planned.nodes)

@@ -192,9 +192,14 @@ class Walker:
         for result in getattr(results, "fields", [results]):
             if isinstance(found := self.buffers.get(result), Buffer):
                 found.last = max(found.last, end - 1)
-        alive = [0] * (end + 1)
-        for buffer in self.plan.buffers:
-            if buffer.kind == "workspace":
-                for at in range(buffer.first, buffer.last + 1):
-                    alive[at] += buffer.bytes
-        self.plan.lower_bound_bytes = max(alive, default=0)
+        self.plan.lower_bound_bytes = most_alive(self.plan)
+
+
+def most_alive(plan: Plan) -> int:
+    """The most bytes of the workspace that are alive during any one launch."""
+    alive = [0] * (len(plan.launches) + 1)
+    for buffer in plan.buffers:
+        if buffer.kind == "workspace":
+            for at in range(buffer.first, buffer.last + 1):
+                alive[at] += buffer.bytes
+    return max(alive, default=0)

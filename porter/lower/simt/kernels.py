@@ -235,9 +235,10 @@ def _write(
 
 def source(module: tvm.IRModule, target: tvm.target.Target, language: Language) -> str:
     """The text of a module of device functions."""
-    *_, finalize = default_s_tir_pipeline()
+    # TVM would simplify between these two, and put what has a name back wherever it is used.
+    module = tirx.transform.LowerIntrin()(tirx.transform.LowerWarpMemory()(module))
     build = tvm.get_global_func(f"target.build.{target.kind.name}")
-    text = str(build(finalize()(module), target).inspect_source(language.name))
+    text = str(build(module, target).inspect_source(language.name))
     if not language.infinity or not _INFINITY.search(text):
         return text
     return language.head + _INFINITY.sub(language.infinity, text)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from porter.errors import TargetError
 from porter.lower.simt.kernels import Kernel
-from porter.lower.simt.trees import Tree
 from porter.run.trees import evaluate
 
 if TYPE_CHECKING:
@@ -15,18 +14,39 @@ if TYPE_CHECKING:
     from porter.target import TargetSpec
 
 
-class TooLarge(TargetError):
-    """A buffer, or a grid, that smaller bounds of the symbols would make smaller."""
+FEW = 32  # tokens of a step before its rows are fewer: prompts are fed in pieces, rows are what was asked for
 
 
-def check(plan: Program, kernels: dict[str, Kernel], spec: TargetSpec) -> None:
-    """Raise TargetError PORT-0453 naming the first limit that is exceeded, at the bounds of the symbols."""
-    for fault in (*_kernels(plan, kernels, spec), *_buffers(plan, spec), *_grids(plan, spec)):
+def fit(plan: Program, kernels: dict[str, Kernel], spec: TargetSpec) -> None:
+    """Make the bounds smaller until buffers and launches keep to the limits: of a step's tokens first, then of
+    its rows.
+
+    Raises TargetError PORT-0453 naming the limit that is exceeded however small they are.
+    """
+    for fault in _kernels(plan, kernels, spec):
         raise fault
+    steps = sorted(plan.symbols, key=lambda s: -plan.symbols[s][1])
+    steps = [s for s in steps if _is_of_tokens(plan, s)]
+    while True:
+        fault = next(iter([*_buffers(plan, spec), *_grids(plan, spec)]), None)
+        if fault is None:
+            break
+        most = next((s for s in steps if plan.bounds[s] > (FEW if plan.symbols[s][1] else 1)), None)
+        most = most or next((s for s in steps if plan.bounds[s] > 1), None)
+        if most is None:
+            raise fault
+        plan.bounds[most] = (plan.bounds[most] + 1) // 2
+    plan.sized()
 
 
-def _refused(what: str, limit: str, most: object, where: str, kind: type[TargetError] = TargetError) -> TargetError:
-    return kind("PORT-0453", f"{what}; limits.{limit} is {most}", where=where)
+def _is_of_tokens(plan: Program, symbol: str) -> bool:
+    """Whether it is a size of an input of integers, as tokens are; caches keep their length."""
+    kinds = {i["name"]: i["dtype"] for i in plan.inputs}
+    return str(kinds[plan.symbols[symbol][0]]).startswith("int")
+
+
+def _refused(what: str, limit: str, most: object, where: str) -> TargetError:
+    return TargetError("PORT-0453", f"{what}; limits.{limit} is {most}", where=where)
 
 
 def _kernels(plan: Program, kernels: dict[str, Kernel], spec: TargetSpec) -> Iterator[TargetError]:
@@ -51,8 +71,7 @@ def _buffers(plan: Program, spec: TargetSpec) -> Iterator[TargetError]:
         for name, tensor in plan.tensors.items():
             size = evaluate(tensor.bytes, plan.bounds)
             if size > most.value:
-                fixed = isinstance(tensor.bytes, int)
-                yield _refused(f"a buffer of {size} bytes", limit, most.text, name, TargetError if fixed else TooLarge)
+                yield _refused(f"a buffer of {size} bytes", limit, most.text, name)
 
 
 def _grids(plan: Program, spec: TargetSpec) -> Iterator[TargetError]:
@@ -62,12 +81,8 @@ def _grids(plan: Program, spec: TargetSpec) -> Iterator[TargetError]:
         most[0] *= most[2]
     for step in plan.dispatches:
         for axis, tree, limit in zip("xyz", step["grid"], most, strict=True):
-            size = _most(tree, plan.bounds)
+            size = evaluate(tree, plan.bounds)
             if size > limit:
                 what = f"{size} groups along {axis}"
-                yield _refused(what, "grid", list(spec.limits.grid.value), step["kernel"], TooLarge)
+                yield _refused(what, "grid", list(spec.limits.grid.value), step["kernel"])
 
-
-def _most(tree: Tree, bounds: dict[str, int]) -> int:
-    """Of a grid, which grows with every symbol."""
-    return int(evaluate(tree, bounds))

@@ -16,12 +16,13 @@ import tvm
 from tvm import relax, tirx
 from tvm.ir import Constant
 
-from porter.lower.plan import Buffer, Plan, Walker, extract
+from porter.lower.plan import Buffer, Plan, Walker, extract, most_alive
 from porter.lower.simt import kernels, rebuild, storage
 from porter.lower.simt.kernels import Compiled, Kernel
 from porter.lower.simt.language import Language, device, language
 from porter.lower.simt.trees import Tree, Trees
 from porter.lower.weights import ALIGNMENT, Parameter
+from porter.run.trees import evaluate
 from porter.target import TargetSpec
 
 UNCHANGING = ("weight", "constant")
@@ -55,6 +56,18 @@ class Program(Plan):
     dispatches: list[dict[str, Any]] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
 
+    def sized(self) -> None:
+        """Compute what is told in bytes anew, at the bounds."""
+        for buffer in self.buffers:
+            buffer.bytes = evaluate(self.tensors[buffer.name].bytes, self.bounds)
+        self.workspace_bytes = 0
+        for number, entry in enumerate(self.storages):
+            held = [t.bytes for t in self.tensors.values() if t.storage == number]
+            entry["bytes"] = max((evaluate(size, self.bounds) for size in held), default=0)
+            entry["offset"] = self.workspace_bytes
+            self.workspace_bytes += -(-entry["bytes"] // ALIGNMENT) * ALIGNMENT
+        self.lower_bound_bytes = most_alive(self)
+
 
 def program(
     module: tvm.IRModule, plan: Program, parameters: list[Parameter], nodes: list[list[str]], spec: TargetSpec
@@ -68,10 +81,6 @@ def program(
 
     extract(module, plan, parameters, nodes, walker)
     plan.source = walkers[0].language.name
-    plan.workspace_bytes = 0
-    for entry in plan.storages:
-        entry["offset"] = plan.workspace_bytes
-        plan.workspace_bytes += -(-entry["bytes"] // ALIGNMENT) * ALIGNMENT
     return walkers[0].kernels
 
 
@@ -106,10 +115,6 @@ class _Walker(Walker):
         width = _bytes(buffer.dtype if packed else stored)
         size = self.trees.of((count * width + 3) // 4 * 4)
         self.plan.tensors[buffer.name] = Tensor([self.trees.of(d) for d in shape], stored, storage_, size)
-        buffer.bytes = self.trees.largest((count * width + 3) // 4 * 4)
-        if storage_ is not None:
-            entry = self.plan.storages[storage_]
-            entry["bytes"] = max(entry["bytes"], buffer.bytes)
 
     def finish(self, results: Any) -> None:
         super().finish(results)
@@ -182,18 +187,15 @@ class _Walker(Walker):
 
     def _scratch(self, number: int, count: Any, dtype: str, symbols: dict[Any, Any]) -> str:
         """A buffer between the kernels of one function, in a storage that all functions share."""
-        name = f"scratch{number}"
         at = next((i for i, s in enumerate(self.plan.storages) if s.get("scratch") == number), None)
         if at is None:
             at = len(self.plan.storages)
-            self.plan.storages.append({"offset": self.plan.workspace_bytes, "bytes": 0, "scratch": number})
-        name = self.unique(name)
+            self.plan.storages.append({"offset": 0, "bytes": 0, "scratch": number})
+        name = self.unique(f"scratch{number}")
         size = rebuild.replaced(count, symbols)
         stored = storage.stored(dtype, constant=False) if self.language.words else dtype
         total = (size * _bytes(stored) + 3) // 4 * 4
         self.plan.tensors[name] = Tensor([self.trees.of(size)], stored, at, self.trees.of(total))
-        entry = self.plan.storages[at]
-        entry["bytes"] = max(entry["bytes"], self.trees.largest(total))
         return name
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import s_tir, tirx
 from tvm.ir import Call, Expr
+
+from porter.lower.simt.sharing import shared
 
 WRAPPING = (tirx.Add, tirx.Sub, tirx.Mul, tirx.LShift)
 BINARY = (
@@ -43,6 +46,7 @@ class Rebuilt:
         self.kernel, self.natural = kernel, natural
         self.by: dict[Any, Any] = {}
         self.analyzer = tvm.sym.Analyzer()
+        self.stores = 0
 
     def run(self) -> tirx.PrimFunc:
         """The new function."""
@@ -123,7 +127,10 @@ class Rebuilt:
         return tirx.IfThenElse(self.value(node.condition), self.statement(node.then_case), other)
 
     def _BufferStore(self, node: Any) -> Any:
-        return self.store(self.by.get(node.buffer, node.buffer), self.value(node.value), self.values(node.indices))
+        store = self.store(self.by.get(node.buffer, node.buffer), self.value(node.value), self.values(node.indices))
+        self.stores += 1
+        binds, value = shared(store.value, f"t{self.stores}_")
+        return tirx.SeqStmt([*binds, tirx.BufferStore(store.buffer, value, store.indices)]) if binds else store
 
     def store(self, buffer: Any, value: Expr, indices: list[Expr]) -> Any:
         return tirx.BufferStore(buffer, value, indices)
@@ -162,7 +169,9 @@ class Rebuilt:
         return node
 
     def _FloatImm(self, node: Any) -> Any:
-        return node
+        """Compilers warn of digits that float32 does not hold."""
+        dtype = str(node.ty.dtype)
+        return tirx.FloatImm(dtype, float(np.float32(node.value))) if dtype == "float32" else node
 
     def _Not(self, node: Any) -> Any:
         return tirx.Not(self.value(node.a))
@@ -199,6 +208,10 @@ class _Local(Rebuilt):
     def _AllocBuffer(self, node: Any) -> Any:
         self.by[node.buffer] = node.buffer
         return node
+
+    def _BufferStore(self, node: Any) -> Any:
+        buffer = self.by.get(node.buffer, node.buffer)
+        return tirx.BufferStore(buffer, self.value(node.value), self.values(node.indices))
 
     def _SBlockRealize(self, node: Any) -> Any:
         values, predicate = self.values(node.iter_values), self.value(node.predicate)

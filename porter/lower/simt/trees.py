@@ -35,11 +35,6 @@ class Trees:
                 self.analyzer.bind(symbol, tvm.ir.Range(0, self.bounds[symbol.name] + 1))
         return self.analyzer.simplify(expression)
 
-    def largest(self, expression: Any) -> int:
-        """The most that it can be within the bounds."""
-        found = self.simplified(expression)
-        return found if isinstance(found, int) else int(self.analyzer.const_int_bound(found).max_value)
-
     def of(self, expression: Any) -> Tree:
         """The tree. Raises ValueError for what has none."""
         return tree(self.simplified(expression))
