@@ -243,17 +243,15 @@ def fetched(machine: Machine, buffer: Any, stored: str, dtype: np.dtype, shape: 
 
 def converted(array: np.ndarray, stored: str) -> np.ndarray:
     """The bytes of an array as they are stored, uint8, in whole words."""
-    kind = dtype_of(stored)
     if not _same_bytes(str(array.dtype), stored):
-        array = array.astype(kind)
+        array = array.astype(dtype_of(stored))
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return np.pad(data, (0, -len(data) % 4)) if len(data) % 4 else data
 
 
 def _same_bytes(dtype: str, stored: str) -> bool:
-    """Whether elements are stored as they are, or packed: `uint32` words of narrower ones."""
-    packed = dtype in ("int8", "uint8", "int16", "uint16", "float16", "bfloat16") and stored == "uint32"
-    return dtype == stored or packed
+    """Whether elements are stored as they are, or packed in words, byte by byte as they are too."""
+    return stored in (dtype, "packed")
 
 
 def dtype_of(name: str) -> np.dtype:

@@ -82,7 +82,8 @@ class ReferenceRunner:
         """Outputs by name, in fresh arrays. Raises OptionError PORT-0141 for feeds that do not fit."""
         check_feeds(feeds, self.inputs)
         try:
-            return dict(zip(self.outputs, self._session.run(list(self.outputs), dict(feeds)), strict=True))
+            arrays = {name: np.asarray(array) for name, array in feeds.items()}  # a cache may be elsewhere
+            return dict(zip(self.outputs, self._session.run(list(self.outputs), arrays), strict=True))
         except Exception as error:  # as above
             what = f"{self.engine} cannot run the model on these feeds: {_reason(error)}"
             raise OptionError("PORT-0145", what) from error

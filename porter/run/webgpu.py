@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from porter.errors import EnvironmentFailure
+from porter.errors import EnvironmentFailure, TargetError
 from porter.run.device import DeviceRunner, Kernel, Step
 
 SLOT = 256  # bytes: what offsets of uniforms are multiples of
@@ -103,9 +103,13 @@ class WebGPU:
             ]
             layout = self._device.create_bind_group_layout(entries=entries)
             whole = self._device.create_pipeline_layout(bind_group_layouts=[layout])
-            module = self._device.create_shader_module(code=kernel.source)
-            compute = {"module": module, "entry_point": kernel.name}
-            pipeline = self._device.create_compute_pipeline(layout=whole, compute=compute)
+            try:
+                module = self._device.create_shader_module(code=kernel.source)
+                compute = {"module": module, "entry_point": kernel.name}
+                pipeline = self._device.create_compute_pipeline(layout=whole, compute=compute)
+            except Exception as error:  # wgpu's errors
+                what = f"the adapter refuses the kernel: {str(error).strip().splitlines()[-1].strip()}"
+                raise TargetError("PORT-0454", what, where=kernel.name) from error
             self._pipelines[kernel.name] = pipeline, layout
         return self._pipelines[kernel.name]
 

@@ -22,7 +22,6 @@ from porter.errors import TargetError
 from porter.lower.simt import rebuild, schedule, storage
 from porter.lower.simt.language import Language
 
-_INFINITY = re.compile(r"\binff\b")  # as TVM writes it
 MOST_SOURCE = 64 << 10  # characters of a kernel: more is an unrolled mistake, which compilers take minutes for
 
 
@@ -72,13 +71,17 @@ def compiled(
     reason, name = "there is no schedule for it", str(function.attrs["global_symbol"])
     # A kernel cannot stop the program. (What asserts guard is wrapped or clamped where it is read.)
     function = tirx.transform.SkipAssert()(tvm.IRModule({name: function}))[name]
-    function = rebuild.of_threads(tirx.transform.RemoveNoOp()(tvm.IRModule({name: function}))[name])
+    function = tirx.transform.RemoveNoOp()(tvm.IRModule({name: function}))[name]
+    try:
+        function = rebuild.of_threads(function)
+    except ValueError as error:
+        raise TargetError("PORT-0451", f"no kernel can be made of it: {error}", where=name) from error
     for bound in schedule.attempts(function, target):
         try:
             made = _launched(_split(bound, target), name)
             for dispatch in made.dispatches:
                 _write(dispatch.kernel, target, language, constant, dispatch)
-        except (RuntimeError, ValueError) as error:  # TVM's errors
+        except (RuntimeError, ValueError) as error:  # TVM's own, and what stands where none may
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             continue
         longest = max((len(d.kernel.source) for d in made.dispatches), default=0)
@@ -239,6 +242,7 @@ def source(module: tvm.IRModule, target: tvm.target.Target, language: Language) 
     module = tirx.transform.LowerIntrin()(tirx.transform.LowerWarpMemory()(module))
     build = tvm.get_global_func(f"target.build.{target.kind.name}")
     text = str(build(module, target).inspect_source(language.name))
-    if not language.infinity or not _INFINITY.search(text):
-        return text
-    return language.head + _INFINITY.sub(language.infinity, text)
+    plain = text
+    for word, other in language.instead:
+        text = re.sub(rf"\b{word}\b", other, text)
+    return text if text == plain else language.head + text

@@ -16,8 +16,8 @@ class Language:
 
     `words`: only elements of 32 bits are stored, so that others are packed in words or widened to one.
     `apart`: a kernel is a module of its own. `shared`: bytes that a group may declare without asking, 0 for
-    what the target says. `infinity` is written for it where the language has no constant of it, and `head`
-    stands before a module. `options` are TVM's, besides the limits.
+    what the target says. `instead` is what stands for a word of TVM's that the language does not know, and then
+    `head` stands before the module. `options` are TVM's, besides the limits.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Language:
     words: bool = False
     apart: bool = False
     shared: int = 0
-    infinity: str = ""
+    instead: tuple[tuple[str, str], ...] = ()
     head: str = ""
     options: tuple[tuple[str, object], ...] = ()
 
@@ -38,7 +38,7 @@ LANGUAGES = {
         "wgsl",
         words=True,
         apart=True,
-        infinity="bitcast<f32>(infinity)",
+        instead=(("inff", "bitcast<f32>(infinity)"), ("nanf", "bitcast<f32>(infinity + 0x400000u)")),
         head="var<private> infinity : u32 = 0x7f800000u;\n",
         options=(("supports_subgroups", False),),
     ),

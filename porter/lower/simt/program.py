@@ -111,8 +111,7 @@ class _Walker(Walker):
         count: Any = tirx.IntImm("int64", 1)
         for size in shape:
             count = count * size
-        packed = stored == "uint32" and buffer.kind in UNCHANGING and buffer.dtype in storage.PACKED
-        width = _bytes(buffer.dtype if packed else stored)
+        width = _bytes(buffer.dtype if stored == "packed" else stored)
         size = self.trees.of((count * width + 3) // 4 * 4)
         self.plan.tensors[buffer.name] = Tensor([self.trees.of(d) for d in shape], stored, storage_, size)
 

@@ -27,10 +27,10 @@ WIDE = {
 
 
 def stored(dtype: str, *, constant: bool) -> str:
-    """What elements of `dtype` are stored as: `uint32` words of several where `constant` and narrow, else one
-    element of 32 bits each. Raises TargetError PORT-0452 for one that has no such form."""
+    """What elements of `dtype` are stored as: `packed` in words where `constant` and narrow, else one element
+    of 32 bits each. Raises TargetError PORT-0452 for one that has no such form."""
     if constant and dtype in PACKED:
-        return "uint32"
+        return "packed"
     return wide("int32" if dtype == "bool" else dtype)
 
 
@@ -66,7 +66,7 @@ class _InWords(Rebuilt):
         dtype = str(variable.ty.element_type.dtype)
         if number in self.constant and dtype in PACKED:
             self.packed[variable] = dtype
-        kind = stored(dtype, constant=number in self.constant)
+        kind = "uint32" if variable in self.packed else stored(dtype, constant=False)
         return tirx.Var(variable.name, PointerType(PrimType(kind), variable.ty.storage_scope))
 
     def declared(self, old: Any, pointer: Any, new: Any) -> Any:
@@ -113,9 +113,8 @@ class _InWords(Rebuilt):
         """TVM writes seven digits into WGSL: a constant that they do not tell is written as its bits."""
         wide(str(node.ty.dtype))
         value = np.float32(node.value)
-        if not np.isfinite(value) or np.float32(f"{value:e}") == value:
-            return tirx.FloatImm("float32", float(value))
-        return tirx.reinterpret("float32", _u32(int(value.view(np.uint32))))
+        told = not np.isfinite(value) or np.float32(f"{value:e}") == value
+        return tirx.FloatImm("float32", float(value)) if told else _f32(float(value))
 
     def _Cast(self, node: Any) -> Any:
         value, dtype = self.value(node.value), str(node.ty.dtype)
@@ -127,13 +126,25 @@ class _InWords(Rebuilt):
 
     def _Call(self, node: Any) -> Any:
         arguments, dtype = self.values(node.args), str(getattr(node.ty, "dtype", "void"))
-        if node.op.name.endswith("reinterpret") and _bits(node) != _bits(node.args[0]):
-            raise TargetError("PORT-0452", "a kernel takes values apart into narrower ones")
         if node.op.name.endswith("reinterpret") and _bits(node) != 32:
-            raise TargetError("PORT-0452", f"a kernel reads bits as {dtype}, and its language has only 32 bits")
+            return _as_bits(arguments[0], str(node.args[0].ty.dtype), dtype)
         if wide(dtype) == dtype:
             return Call(node.op, arguments, node.attrs, ret_ty=node.ty)
         return _cut(Call(node.op, arguments, node.attrs, ret_ty=PrimType(wide(dtype))), dtype)
+
+
+def _as_bits(value: Expr, source: str, dtype: str) -> Expr:
+    """Two bytes read as another type of two bytes, each in 32 bits."""
+    if "float" in dtype:
+        code = tirx.Cast("uint32", value) & _u32(0xFFFF)
+        return _from_half(code) if dtype == "float16" else tirx.reinterpret("float32", code << _u32(16))
+    if source == "bfloat16":
+        code = tirx.reinterpret("uint32", value) >> _u32(16)
+    elif source == "float16":
+        code = _half_bits(value)
+    else:
+        raise TargetError("PORT-0452", f"a kernel reads the bits of {source} as {dtype}")
+    return code if dtype == "uint16" else _cut(tirx.Cast("int32", code), dtype)
 
 
 def _bits(node: Any) -> int:
@@ -169,7 +180,7 @@ def _to_half(value: Expr) -> Expr:
     kept = tirx.Select(kept > _u32(0x477FE000), tirx.max(magnitude, _u32(0x7F800000)), kept)
     tiny = tirx.reinterpret("float32", magnitude) + tirx.FloatImm("float32", 0.5)
     tiny = tirx.reinterpret("uint32", tiny) - _u32(0x3F000000)
-    tiny = tirx.reinterpret("uint32", tirx.Cast("float32", tiny) * tirx.FloatImm("float32", 2.0**-24))
+    tiny = tirx.reinterpret("uint32", tirx.Cast("float32", tiny) * _f32(2.0**-24))
     return tirx.reinterpret("float32", tirx.Select(magnitude < _u32(0x38800000), tiny, kept) | sign)
 
 
@@ -190,15 +201,30 @@ def _from_half(code: Expr) -> Expr:
     """A float16 as float32, of its bits; subnormal ones are whole multiples of 2^-24."""
     magnitude, sign = code & _u32(0x7FFF), (code & _u32(0x8000)) << _u32(16)
     exponent = tirx.Select(magnitude < _u32(0x7C00), _u32(112 << 23), _u32(224 << 23))
-    tiny = tirx.Cast("float32", magnitude) * tirx.FloatImm("float32", 2.0**-24)
+    tiny = tirx.Cast("float32", magnitude) * _f32(2.0**-24)
     bits = tirx.Select(
         magnitude < _u32(0x400), tirx.reinterpret("uint32", tiny), (magnitude << _u32(13)) + exponent
     )
     return tirx.reinterpret("float32", bits | sign)
 
 
+def _half_bits(value: Expr) -> Expr:
+    """The bits of a float16 that is held as float32."""
+    bits = tirx.reinterpret("uint32", value)
+    magnitude, sign = bits & _u32(0x7FFFFFFF), (bits >> _u32(16)) & _u32(0x8000)
+    tiny = tirx.Cast("uint32", tirx.reinterpret("float32", magnitude) * _f32(2.0**24))
+    exponent = tirx.Select(magnitude < _u32(0x7F800000), _u32(112 << 10), _u32(224 << 10))
+    code = (magnitude >> _u32(13)) - exponent
+    return tirx.Select(magnitude < _u32(0x38800000), tiny, code) | sign
+
+
 def _u32(value: int) -> tirx.IntImm:
     return tirx.IntImm("uint32", value)
+
+
+def _f32(value: float) -> Expr:
+    """A constant, exactly."""
+    return tirx.reinterpret("float32", _u32(int(np.float32(value).view(np.uint32))))
 
 
 def _int(value: int) -> tirx.IntImm:
