@@ -74,7 +74,7 @@ def extract(
 ) -> Plan:
     """Fill `plan` from `main` of a module after StaticPlanBlockMemory.
 
-    `nodes` are the ONNX nodes behind each launch, in order. `walk` makes the walker, where it is to note more.
+    `nodes` are the ONNX nodes behind each launch, in order. `walk` makes the walker, if it is to note more.
     """
     walker = (walk or Walker)(plan, iter(nodes))
     function = module["main"]

@@ -18,7 +18,12 @@ from porter.run.device import DeviceRunner, Kernel, Step
 
 HINT = "a GPU of NVIDIA's and its driver are needed"
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
-SCALARS = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "uint32": ctypes.c_uint32, "float32": ctypes.c_float}
+SCALARS = {
+    "int32": ctypes.c_int32,
+    "int64": ctypes.c_int64,
+    "uint32": ctypes.c_uint32,
+    "float32": ctypes.c_float,
+}
 
 
 def runner(folder: Path) -> DeviceRunner:
@@ -51,7 +56,9 @@ class Cuda:
         _checked(self._driver.cuInit(0), "cuInit")
         device, context = ctypes.c_int(), ctypes.c_void_p()
         _checked(self._driver.cuDeviceGet(ctypes.byref(device), 0), "cuDeviceGet")
-        _checked(self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+        _checked(
+            self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain"
+        )
         _checked(self._driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
         version = [ctypes.c_int(), ctypes.c_int()]
         for value, attribute in zip(version, (MAJOR, MINOR), strict=True):
@@ -59,7 +66,7 @@ class Cuda:
         major, minor = (v.value for v in version)
         self.arch = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
         self._modules: dict[str, ctypes.c_void_p] = {}
-        self._functions: dict[str, ctypes.c_void_p] = {}
+        self._functions: dict[Kernel, ctypes.c_void_p] = {}
 
     def allocate(self, size: int) -> _Buffer:
         """See Machine."""
@@ -102,13 +109,13 @@ class Cuda:
             module, image = ctypes.c_void_p(), nvrtc.compiled(kernel.source, self.arch)
             _checked(self._driver.cuModuleLoadData(ctypes.byref(module), image), "cuModuleLoadData")
             self._modules[kernel.source] = module
-        if kernel.name not in self._functions:
+        if kernel not in self._functions:
             function, name = ctypes.c_void_p(), kernel.name.encode()
             module = self._modules[kernel.source]
             status = self._driver.cuModuleGetFunction(ctypes.byref(function), module, name)
             _checked(status, f"the kernel {kernel.name}")
-            self._functions[kernel.name] = function
-        return self._functions[kernel.name]
+            self._functions[kernel] = function
+        return self._functions[kernel]
 
 
 def _checked(status: int, what: str) -> None:

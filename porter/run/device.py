@@ -80,7 +80,9 @@ class Machine(Protocol):
 class Resident:
     """An input that a program overwrites, on the device; `np.asarray` copies it from there."""
 
-    def __init__(self, machine: Machine, buffer: Any, spec: TensorSpec, shape: tuple[int, ...], stored: str) -> None:
+    def __init__(
+        self, machine: Machine, buffer: Any, spec: TensorSpec, shape: tuple[int, ...], stored: str
+    ) -> None:
         self.buffer, self.dtype, self.shape = buffer, spec.dtype, shape
         self._machine, self._stored = machine, stored
 
@@ -231,7 +233,9 @@ class DeviceRunner:
         return Binding(buffer, 0, size)
 
 
-def fetched(machine: Machine, buffer: Any, stored: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def fetched(
+    machine: Machine, buffer: Any, stored: str, dtype: np.dtype, shape: tuple[int, ...]
+) -> np.ndarray:
     """An array of what a buffer holds."""
     kind = dtype_of(stored)
     count = int(np.prod(shape, dtype=np.int64))
@@ -266,7 +270,9 @@ def _spec(entry: dict[str, Any]) -> TensorSpec:
 def _kernels(folder: Path, entries: dict[str, Any]) -> dict[str, Kernel]:
     """Kernels by name; a file is read once."""
     found = {}
-    for file, names in itertools.groupby(sorted(entries, key=lambda n: entries[n]["file"]), lambda n: entries[n]["file"]):
+    for file, names in itertools.groupby(
+        sorted(entries, key=lambda n: entries[n]["file"]), lambda n: entries[n]["file"]
+    ):
         source = (folder / file).read_text(encoding="utf-8")
         for name in names:
             e = entries[name]

@@ -10,11 +10,12 @@ from pathlib import Path
 from porter.errors import EnvironmentFailure, TargetError
 
 HINT = "install porter[cuda]"
-# What the source that TVM writes includes, as far as its kernels use it; a toolkit's own need its whole folder.
+# What the source that TVM writes includes, as far as its kernels use it; a toolkit need not be there.
 HEADERS = {
     "cuda/std/cstdint": """namespace cuda { namespace std {
-using int8_t = signed char; using uint8_t = unsigned char; using int16_t = short; using uint16_t = unsigned short;
-using int32_t = int; using uint32_t = unsigned int; using int64_t = long long; using uint64_t = unsigned long long;
+using int8_t = signed char; using int16_t = short; using int32_t = int; using int64_t = long long;
+using uint8_t = unsigned char; using uint16_t = unsigned short; using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
 } }
 """,
     "cuda/std/type_traits": """namespace cuda { namespace std {
@@ -41,7 +42,7 @@ template <class X, class Y> struct conditional<false, X, Y> { using type = Y; };
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """NVRTC, from its Python package or the system's. Raises EnvironmentFailure PORT-0908 when there is none."""
+    """NVRTC, of its Python package or the system. Raises EnvironmentFailure PORT-0908 without one."""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
     found = [str(f) for folder in folders for f in sorted(folder.glob("*/lib/libnvrtc.so.*"))]

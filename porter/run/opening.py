@@ -1,4 +1,4 @@
-"""Opening: a lowered program on what it was lowered for, where that is at hand, else on this machine's CPU."""
+"""Opening: a lowered program on what it is for, where that is at hand, else on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ DEVICE = "PORTER_DEVICE"  # set to "host", programs for accelerators run on the 
 
 
 def opened(folder: Path) -> Runner:
-    """What runs a bundle's folder. A device's kernels run on it where there is one; the bundle's library, which
-    computes in the device's numerics, where there is none.
+    """What runs a bundle's folder. A device's kernels run on it where there is one; where there is none,
+    the bundle's library computes in the device's numerics.
 
     Raises BundleError PORT-0501 when the program cannot be loaded.
     """
@@ -42,7 +42,10 @@ def _source(folder: Path) -> str:
         return str(json.loads((folder / "plan.json").read_text(encoding="utf-8")).get("source", ""))
     except (OSError, ValueError) as error:
         raise BundleError(
-            "PORT-0501", f"the program cannot be loaded: {error}", where=str(folder), hint="convert the model again"
+            "PORT-0501",
+            f"the program cannot be loaded: {error}",
+            where=str(folder),
+            hint="convert the model again",
         ) from error
 
 

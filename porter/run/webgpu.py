@@ -13,7 +13,9 @@ from porter.run.device import DeviceRunner, Kernel, Step
 
 SLOT = 256  # bytes: what offsets of uniforms are multiples of
 MOST = 65535  # groups along an axis
-HINT = "install porter[webgpu], and a driver of Vulkan, Metal or Direct3D 12 (in software: mesa-vulkan-drivers)"
+HINT = (
+    "install porter[webgpu], and a driver of Vulkan, Metal or Direct3D 12 (in software: mesa-vulkan-drivers)"
+)
 ORDER = ("DiscreteGPU", "IntegratedGPU", "VirtualGPU", "CPU")
 
 
@@ -47,7 +49,7 @@ class WebGPU:
         self._device = chosen.request_device_sync()
         self._usage = wgpu.BufferUsage
         self._stage = wgpu.ShaderStage.COMPUTE
-        self._pipelines: dict[str, tuple[Any, Any]] = {}
+        self._pipelines: dict[Kernel, tuple[Any, Any]] = {}
 
     def allocate(self, size: int) -> Any:
         """See Machine."""
@@ -95,7 +97,7 @@ class WebGPU:
         self._device.queue.submit([encoder.finish()])
 
     def _pipeline(self, kernel: Kernel) -> tuple[Any, Any]:
-        if kernel.name not in self._pipelines:
+        if kernel not in self._pipelines:
             kinds = ["storage" if w else "read-only-storage" for w in kernel.writes] + ["uniform"]
             entries = [
                 {"binding": i, "visibility": self._stage, "buffer": {"type": kind}}
@@ -110,8 +112,8 @@ class WebGPU:
             except Exception as error:  # wgpu's errors
                 what = f"the adapter refuses the kernel: {str(error).strip().splitlines()[-1].strip()}"
                 raise TargetError("PORT-0454", what, where=kernel.name) from error
-            self._pipelines[kernel.name] = pipeline, layout
-        return self._pipelines[kernel.name]
+            self._pipelines[kernel] = pipeline, layout
+        return self._pipelines[kernel]
 
 
 def _spread(grid: tuple[int, int, int]) -> tuple[int, int, int]:

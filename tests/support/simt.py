@@ -41,18 +41,20 @@ def on_device(
         if not isinstance(argument, np.ndarray):
             symbols[parameter.name] = argument
             continue
-        symbols |= {d.name: n for d, n in zip(parameter.shape, argument.shape, strict=True) if isinstance(d, tirx.Var)}
+        symbols |= {
+            d.name: n for d, n in zip(parameter.shape, argument.shape, strict=True) if isinstance(d, tirx.Var)
+        }
         name = str(argument.dtype)
         kinds[number] = storage.stored(name, constant=number in constant) if told.words else name
         data = converted(argument, kinds[number])
         buffers[number] = machine.allocate(max(16, data.nbytes)), max(16, data.nbytes)
         machine.write(buffers[number][0], data)
-    trees = Trees({name: BOUND for name in symbols})
+    trees = Trees(dict.fromkeys(symbols, BOUND))
 
     def number(expression: object) -> int:
         return evaluate(trees.of(expression), symbols)
 
-    for i, (count, dtype) in enumerate(made.scratch):
+    for i, (count, _dtype) in enumerate(made.scratch):
         size = max(16, number(count) * 8)
         buffers[-1 - i] = machine.allocate(size), size
     steps = []

@@ -1,1 +1,1 @@
-"""Family simt: every kernel of a planned program as source for groups of threads, and the launches to run it."""
+"""Family simt: a program's kernels as source for groups of threads, and the launches that run it."""

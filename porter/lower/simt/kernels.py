@@ -22,13 +22,15 @@ from porter.errors import TargetError
 from porter.lower.simt import rebuild, schedule, storage
 from porter.lower.simt.language import Language
 
-MOST_SOURCE = 64 << 10  # characters of a kernel: more is an unrolled mistake, which compilers take minutes for
+MOST_SOURCE = (
+    64 << 10
+)  # characters of a kernel: more is an unrolled mistake, which compilers take minutes for
 
 
 @dataclass
 class Kernel:
-    """Device code. `writes` says which of its buffers it writes to; `scalars` are the types of the rest, in order;
-    a group is `block` threads in x, y, z and shares `shared` bytes. Parameters whose numbers are in `natural`
+    """Device code. `writes` says which of its buffers it writes to; `scalars` are the types of the rest, in
+    order; a group is `block` threads in x, y, z and shares `shared` bytes. Parameters whose numbers are in `natural`
     are never negative."""
 
     name: str
@@ -217,13 +219,21 @@ def _kernel(name: str, function: tirx.PrimFunc, block: list[int], natural: list[
     def stored(node: tirx.BufferStore) -> None:
         written.add(owner.get(node.buffer))
 
-    for kind, callback in ((tirx.DeclBuffer, declared), (tirx.AllocBuffer, allocated), (tirx.BufferStore, stored)):
+    for kind, callback in (
+        (tirx.DeclBuffer, declared),
+        (tirx.AllocBuffer, allocated),
+        (tirx.BufferStore, stored),
+    ):
         structural_walk(function.body, (kind, callback), order="pre")
     return Kernel(name, function, [p in written for p in pointers], scalars, shared, block, natural)
 
 
 def _write(
-    kernel: Kernel, target: tvm.target.Target, language: Language, constant: Collection[int], dispatch: Dispatch
+    kernel: Kernel,
+    target: tvm.target.Target,
+    language: Language,
+    constant: Collection[int],
+    dispatch: Dispatch,
 ) -> None:
     """Write the kernel's source."""
     function = kernel.function

@@ -16,8 +16,8 @@ class Language:
 
     `words`: only elements of 32 bits are stored, so that others are packed in words or widened to one.
     `apart`: a kernel is a module of its own. `shared`: bytes that a group may declare without asking, 0 for
-    what the target says. `instead` is what stands for a word of TVM's that the language does not know, and then
-    `head` stands before the module. `options` are TVM's, besides the limits.
+    what the target says. `instead` is what stands for a word of TVM's that the language does not know, and
+    then `head` stands before the module. `options` are TVM's, besides the limits.
     """
 
     name: str
@@ -47,7 +47,7 @@ LANGUAGES = {
 
 
 def language(spec: TargetSpec) -> Language:
-    """The language of the target's kernels. Raises TargetError PORT-0450 for one that porter does not write."""
+    """The language of the target's kernels. Raises TargetError PORT-0450 for one that is not written."""
     kind = str(spec.tvm["kind"])
     if kind not in LANGUAGES:
         what = f"there is no kernel source for TVM's kind {kind!r}"

@@ -18,8 +18,8 @@ FEW = 32  # tokens of a step before its rows are fewer: prompts are fed in piece
 
 
 def fit(plan: Program, kernels: dict[str, Kernel], spec: TargetSpec) -> None:
-    """Make the bounds smaller until buffers and launches keep to the limits: of a step's tokens first, then of
-    its rows.
+    """Make the bounds smaller until buffers and launches keep to the limits: of a step's tokens first, then
+    of its rows.
 
     Raises TargetError PORT-0453 naming the limit that is exceeded however small they are.
     """
@@ -85,4 +85,3 @@ def _grids(plan: Program, spec: TargetSpec) -> Iterator[TargetError]:
             if size > limit:
                 what = f"{size} groups along {axis}"
                 yield _refused(what, "grid", list(spec.limits.grid.value), step["kernel"])
-

@@ -19,7 +19,7 @@ from tvm.ir import Constant
 from porter.lower.plan import Buffer, Plan, Walker, extract, most_alive
 from porter.lower.simt import kernels, rebuild, storage
 from porter.lower.simt.kernels import Compiled, Kernel
-from porter.lower.simt.language import Language, device, language
+from porter.lower.simt.language import device, language
 from porter.lower.simt.trees import Tree, Trees
 from porter.lower.weights import ALIGNMENT, Parameter
 from porter.run.trees import evaluate
@@ -72,7 +72,7 @@ class Program(Plan):
 def program(
     module: tvm.IRModule, plan: Program, parameters: list[Parameter], nodes: list[list[str]], spec: TargetSpec
 ) -> dict[str, Kernel]:
-    """Fill `plan` from a planned module, and return the kernels by name. Raises what `kernels.compiled` does."""
+    """Fill `plan` from a planned module, and return the kernels by name. Raises as `kernels.compiled`."""
     walkers: list[_Walker] = []
 
     def walker(plan: Plan, nodes: Iterator[list[str]]) -> _Walker:
@@ -123,9 +123,7 @@ class _Walker(Walker):
     def launch(self, call: Any) -> None:
         super().launch(call)
         function, given = self.module[call.op], [self._argument(a) for a in call.args]
-        constant = frozenset(
-            i for i, g in enumerate(given) if isinstance(g, Buffer) and g.kind in UNCHANGING
-        )
+        constant = frozenset(i for i, g in enumerate(given) if isinstance(g, Buffer) and g.kind in UNCHANGING)
         made = self._made(call.op, function, constant)
         symbols: dict[Any, Any] = {}
         for parameter, argument in zip(function.params, call.args, strict=True):

@@ -1,4 +1,7 @@
-"""Rebuild: a copy of a TIR function, node by node. (tvm_ffi's structural_map corrupts memory when types change.)"""
+"""Rebuild: a copy of a TIR function, node by node.
+
+tvm_ffi's structural_map would do, but corrupts memory when a load changes its type.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ FAR = 1 << 31
 
 
 def of_threads(function: tirx.PrimFunc) -> tirx.PrimFunc:
-    """The function with arrays that blocks keep to themselves as each thread's own, not in the chip's memory."""
+    """The function with arrays that blocks keep to themselves as each thread's own, out of the memory."""
     return _Local(function).run()
 
 
@@ -36,8 +39,8 @@ def replaced(expression: Any, by: dict[Any, Any]) -> Any:
 
 
 class Rebuilt:
-    """A function as it is, but for arrays that TVM left within it in `global`, which become a thread's own, and
-    for divisions of what is never negative, which need not round towards minus infinity.
+    """A function as it is, but for arrays that TVM left within it in `global`, which become a thread's own,
+    and for divisions of what is never negative, which need not round towards minus infinity.
 
     `natural` says which parameters are never negative. Subclasses change types.
     """
@@ -58,15 +61,18 @@ class Rebuilt:
         return tirx.PrimFunc(params, self.statement(kernel.body), kernel.ret_type, kernel.attrs)
 
     def parameter(self, number: int, variable: Any) -> Any:
+        """A parameter of the new function."""
         return variable
 
     def of(self, dtype: str) -> str:
+        """The type that values of a type become."""
         return dtype
 
     def _within(self, variable: Any, low: Any, extent: Any) -> None:
         self.analyzer.bind(variable, tvm.ir.Range.from_min_extent(low, extent))
 
     def variable(self, old: Any) -> Any:
+        """The variable that stands for an old one."""
         if old not in self.by:
             dtype = self.of(str(old.ty.dtype))
             self.by[old] = old if dtype == str(old.ty.dtype) else tirx.Var(old.name, dtype)
@@ -75,6 +81,7 @@ class Rebuilt:
     # Statements.
 
     def statement(self, node: Any) -> Any:
+        """A statement, copied."""
         return getattr(self, f"_{type(node).__name__}")(node)
 
     def _SeqStmt(self, node: Any) -> Any:
@@ -86,6 +93,7 @@ class Rebuilt:
         return tirx.DeclBuffer(buffer, data=pointer)
 
     def declared(self, old: Any, pointer: Any, new: Any) -> Any:
+        """The view of a parameter that stands for an old one."""
         self.by[old] = old
         return old
 
@@ -117,7 +125,9 @@ class Rebuilt:
         variable = self.variable(node.loop_var)
         self._within(variable, low, extent)
         step = None if node.step is None else self.value(node.step)
-        return tirx.For(variable, low, extent, node.kind, self.statement(node.body), None, node.annotations, step)
+        return tirx.For(
+            variable, low, extent, node.kind, self.statement(node.body), None, node.annotations, step
+        )
 
     def _While(self, node: Any) -> Any:
         return tirx.While(self.value(node.condition), self.statement(node.body))
@@ -127,12 +137,17 @@ class Rebuilt:
         return tirx.IfThenElse(self.value(node.condition), self.statement(node.then_case), other)
 
     def _BufferStore(self, node: Any) -> Any:
-        store = self.store(self.by.get(node.buffer, node.buffer), self.value(node.value), self.values(node.indices))
+        store = self.store(
+            self.by.get(node.buffer, node.buffer), self.value(node.value), self.values(node.indices)
+        )
         self.stores += 1
         binds, value = shared(store.value, f"t{self.stores}_")
-        return tirx.SeqStmt([*binds, tirx.BufferStore(store.buffer, value, store.indices)]) if binds else store
+        return (
+            tirx.SeqStmt([*binds, tirx.BufferStore(store.buffer, value, store.indices)]) if binds else store
+        )
 
     def store(self, buffer: Any, value: Expr, indices: list[Expr]) -> Any:
+        """A store of what is copied already."""
         return tirx.BufferStore(buffer, value, indices)
 
     def _Evaluate(self, node: Any) -> Any:
@@ -141,9 +156,11 @@ class Rebuilt:
     # Expressions.
 
     def values(self, nodes: Any) -> list[Any]:
+        """Expressions, copied."""
         return [self.value(n) for n in nodes]
 
     def value(self, node: Any) -> Any:
+        """An expression, copied."""
         if isinstance(node, tirx.Var):
             return self.by.get(node, node) if tirx.is_buffer_var(node) else self.variable(node)
         if isinstance(node, BINARY):
@@ -151,9 +168,11 @@ class Rebuilt:
         return getattr(self, f"_{type(node).__name__}", self.other)(node)
 
     def other(self, node: Any) -> Any:
+        """Raises ValueError: nothing else stands in a kernel."""
         raise ValueError(f"{type(node).__name__} stands in a kernel")
 
     def binary(self, node: Any, a: Expr, b: Expr) -> Expr:
+        """An operation on operands that are copied already."""
         kind = type(node)
         if kind in (tirx.FloorDiv, tirx.FloorMod) and all(self._natural(x) for x in (a, b)):
             kind = tirx.Div if kind is tirx.FloorDiv else tirx.Mod
@@ -193,6 +212,7 @@ class Rebuilt:
         return self.load(node.source, self.values(node.indices))
 
     def load(self, old: Any, indices: list[Expr]) -> Expr:
+        """A load from what stands for an old buffer."""
         return tirx.BufferLoad(self.by.get(old, old), indices)
 
     def _Call(self, node: Any) -> Any:
@@ -228,7 +248,15 @@ class _Local(Rebuilt):
         arrays = [self.by[b] for b in node.alloc_buffers]
         body = self.statement(node.body)
         return s_tir.SBlock(
-            node.iter_vars, node.reads, node.writes, node.name_hint, body, init, arrays, None, node.annotations
+            node.iter_vars,
+            node.reads,
+            node.writes,
+            node.name_hint,
+            body,
+            init,
+            arrays,
+            None,
+            node.annotations,
         )
 
 

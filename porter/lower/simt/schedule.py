@@ -1,7 +1,7 @@
 """Schedules: a function's loops dealt out over groups of threads.
 
-Ways are tried one after another, each on the function as it was: some of TVM's own rules fail in a later pass,
-or unroll a symbolic product into hundreds of kilobytes, so that who compiles decides which attempt stands.
+Ways are tried one after another, each on the function as it was: some of TVM's own rules fail in a later
+pass, or unroll a symbolic product into hundreds of kilobytes, so that who compiles decides which one stands.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def stored(dtype: str, *, constant: bool) -> str:
 
 
 def wide(dtype: str) -> str:
-    """The type of 32 bits that values of `dtype` are computed in; bool stays. Raises PORT-0452 as `stored`."""
+    """The type of 32 bits that values of `dtype` are computed in; bool stays. Raises as `stored` does."""
     if dtype not in WIDE and dtype not in ("bool", "handle", "void"):
         raise TargetError("PORT-0452", f"a kernel computes in {dtype}, and its language only in 32 bits")
     return WIDE.get(dtype, dtype)
@@ -189,7 +189,9 @@ def _unpacked(buffer: Any, index: Expr, dtype: str) -> Expr:
     bits = 8 * _bytes(dtype)
     each = tirx.IntImm(str(index.ty.dtype), 32 // bits)
     place = tirx.Cast("uint32", tirx.floormod(index, each))
-    code = (tirx.BufferLoad(buffer, [tirx.floordiv(index, each)]) >> (place * _u32(bits))) & _u32((1 << bits) - 1)
+    code = (tirx.BufferLoad(buffer, [tirx.floordiv(index, each)]) >> (place * _u32(bits))) & _u32(
+        (1 << bits) - 1
+    )
     if dtype == "bfloat16":
         return tirx.reinterpret("float32", code << _u32(16))
     if dtype == "float16":
