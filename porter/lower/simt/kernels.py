@@ -29,9 +29,11 @@ MOST_SOURCE = (
 
 @dataclass
 class Kernel:
-    """Device code. `writes` says which of its buffers it writes to; `scalars` are the types of the rest, in
-    order; a group is `block` threads in x, y, z and shares `shared` bytes. Parameters whose numbers are in `natural`
-    are never negative."""
+    """Device code. `writes` says which of its buffers it writes to, `scalars` are the types of the rest.
+
+    A group is `block` threads in x, y, z and shares `shared` bytes. Parameters whose numbers are in `natural`
+    are never negative.
+    """
 
     name: str
     function: tirx.PrimFunc
