@@ -70,8 +70,8 @@ def test_logits_are_those_of_the_same_roundings(
         return
     # Sums in float32 stray from those in float64, so that now and then an operand next to a tie rounds to the
     # other side, by a whole step of its format; what comes after it in that row differs then, and rounds
-    # elsewhere too. Positions before the first of those agree as float32 does: at least every tenth (seen: from
-    # 70 % in bfloat16 to 18 % in TF32, whose ties are denser). Two runs with unrelated roundings differ by
+    # elsewhere too. Positions before the first of those agree as float32 does: every tenth at least (seen:
+    # 70 % in bfloat16, 18 % in TF32, whose ties are denser). Two runs with unrelated roundings differ by
     # sqrt(2) of what the roundings do to the logits: the whole keeps within half of that.
     parts = np.sqrt(np.mean((got - wanted) ** 2, -1) / np.mean((plain - wanted) ** 2, -1))
     assert np.quantile(parts, 0.1) < 1e-3
