@@ -45,7 +45,6 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     started = time.perf_counter()
     limit = memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
-    target.check_lowered(spec)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
     bundle.remove_stale(out.absolute())
     with memory.Watch(limit) as watch:
@@ -84,6 +83,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
                 kinds=_kinds(spec, executed=found.executed),
+                placement=lowered.placement,
                 attention=found.heads,
                 recomputed=found.recomputed,
                 memory=figures.of_conversion(source, lowered, evidence.plan, watch)

@@ -12,10 +12,11 @@ from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
 
 # isort: split
 from porter.lower import build, plan, weights
+from porter.lower.blocks.placement import placements
 from porter.lower.blocks.profile import Profile
 from porter.lower.blocks.templates import Chip
 from porter.lower.importer.program import DTYPES, Importer
-from porter.lower.importer.templates import Host, Templates
+from porter.lower.importer.templates import Host
 from porter.lower.simt import emit, limits
 from porter.lower.simt.program import Program, program
 from porter.target import TargetSpec
@@ -30,14 +31,16 @@ def lower(
     bounds: dict[str, int],
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> plan.Plan:
-    """Compile `model` and write `lib/model-….so`, `lib/weights.bin` and `plan.json` into `folder`.
+    """Compile `model` and write `lib/model-….so`, `lib/weights.bin` and `plan.json` into `folder`; for family
+    simt the kernels' source as well.
 
     `bounds` gives the largest value of each symbolic dimension; memory is planned for them. Weights are
-    packed and written one at a time. Raises TargetError PORT-0410 to PORT-0421, ModelError PORT-0412,
-    EnvironmentFailure PORT-0902.
+    packed and written one at a time. Raises TargetError PORT-0410 to PORT-0421 and
+    PORT-0450 to PORT-0453, ModelError PORT-0412, EnvironmentFailure PORT-0902.
     """
     build.check_linker()
-    imported = Importer(model, bounds, templates(target)).run()
+    kernels = templates(target)
+    imported = Importer(model, bounds, kernels).run()
     progress(0.1)
     target_tvm = build.tvm_target(target)
     planned = build.planned(imported.module, target_tvm, imported.sources)
@@ -47,12 +50,13 @@ def lower(
         inputs=[_interface(v) for v in inputs],
         outputs=[_interface(v) for v in model.graph.outputs],
         in_place=imported.in_place,
+        placement=placements(kernels.profile, imported.multiplied) if isinstance(kernels, Chip) else [],
     )
     if isinstance(made, Program):
-        kernels = program(planned.module, made, imported.parameters, planned.nodes, target)
-        emit.describe(made, kernels, imported.parameters, target)
-        limits.fit(made, kernels, target)
-        emit.write(made, kernels, target, folder)
+        found = program(planned.module, made, imported.parameters, planned.nodes, target)
+        emit.describe(made, found, imported.parameters, target)
+        limits.fit(made, found, target)
+        emit.write(made, found, target, folder)
     else:
         plan.extract(planned.module, made, imported.parameters, planned.nodes)
     progress(0.2)
@@ -71,7 +75,7 @@ def lower(
     return made
 
 
-def templates(target: TargetSpec) -> Templates:
+def templates(target: TargetSpec) -> Host | Chip:
     """The kernels that a target's family has."""
     return Host() if target.family == "host" else Chip(Profile(target))
 

@@ -4,7 +4,7 @@ import numpy as np
 import operands
 import pytest
 from kernels import UNIT, built
-from layouts import drawn, elements
+from layouts import elements
 
 from porter.formats.elements import FP8
 from porter.lower.blocks.operand import Operand
