@@ -25,7 +25,7 @@ PROMPT = [3, 17, 42, 5, 9]
 
 
 def static() -> ir.Model:
-    model = tiny_decoder(positions="range")
+    model = tiny_decoder(positions="range", tied=False)
     Pipeline.parse("kv.static_cache{capacity=24},clean.dead").run(model, Context())
     return model
 
@@ -34,7 +34,7 @@ def static() -> ir.Model:
 def lowered(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, object]:
-    model = static() if request.param == "static" else tiny_decoder(positions="range")
+    model = static() if request.param == "static" else tiny_decoder(positions="range", tied=False)
     folders = []
     for name in ("host", "webgpu"):
         folders.append(tmp_path_factory.mktemp(f"{request.param}-{name}"))
