@@ -1,10 +1,11 @@
 // Tint's word on WGSL files: node lint.mjs FOLDER-OF-THE-PACKAGE-WEBGPU FILE… prints [[file, message]…] as JSON.
-import { readFileSync } from "node:fs";
+import { readFileSync, writeSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 
 const [folder, ...files] = process.argv.slice(2);
 const { create } = await import(pathToFileURL(`${folder}/index.js`).href);
-const adapter = await create(["backend=null"]).requestAdapter();
+globalThis.gpu = create(["backend=null"]); // collected before its device, it would take the process with it
+const adapter = await gpu.requestAdapter();
 const device = await adapter.requestDevice();
 const found = [];
 for (const file of files) {
@@ -18,5 +19,5 @@ for (const file of files) {
   const error = await device.popErrorScope();
   if (error) found.push([file, error.message]);
 }
-console.log(JSON.stringify(found));
+writeSync(1, JSON.stringify(found) + "\n");
 process.exit(0);
