@@ -2,8 +2,8 @@
 
 python benchmarks/estimate.py [--verbose]
 
-Measured values and their sources: benchmarks/measured.toml. For each family the mean of the absolute errors of the
-estimate and the worst one; `--verbose` lists every row.
+Measured values and their sources: benchmarks/measured.toml. For each family the mean of the absolute errors
+of the estimate and the worst one; `--verbose` lists every row.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ def multiply(spec: TargetSpec, name: str, m: int, n: int, k: int) -> float:
 
 
 def quantize(spec: TargetSpec, name: str, m: int, k: int) -> float:
-    """Seconds of the kernel that quantizes activations [m, k] for such a product: BF16 is read twice, for the
-    largest value and for the codes, which are written."""
+    """Seconds of the kernel that quantizes activations [m, k] for such a product: BF16 is read and codes are
+    written; what is read before, for the largest value, is still in the cache."""
     told = spec.efficiency.get("quantize", {}).get(name)
     if told is None or told.fixed is None:
         return 0.0
-    moved = m * k * (2 + 2 + spec_bytes(name))
+    moved = m * k * (2 + code_bytes(name))
     return float(told.fixed.value) + moved / (_memory(spec, name) * bandwidth(spec))
 
 
-def spec_bytes(name: str) -> float:
+def code_bytes(name: str) -> float:
     return {"fp8-e4m3fn": 1.0, "nvfp4": 4.5 / 8}[name]
 
 
@@ -114,7 +114,9 @@ def attention() -> Iterator[Row]:
         spec = target.load(name)
         for (batch, heads, tokens, width), us in zip(decode["calls"], measured, strict=True):
             moved = batch * (tokens * 8 * 256 * width + heads * 256 * 2)
-            work = Work("decode-attention", "", 1, moved, 4.0 * batch * heads * tokens * 128, "bf16", tokens=tokens)
+            work = Work(
+                "decode-attention", "", 1, moved, 4.0 * batch * heads * tokens * 128, "bf16", tokens=tokens
+            )
             what = f"{batch} x {tokens}, {8 * width} bits"
             yield Row(f"decode attention {name}", what, us, 1e6 * roofline(work, spec).seconds, "us")
     for name, calls in MEASURED["prefill-attention"].items():
@@ -142,7 +144,9 @@ def maia() -> Iterator[Row]:
         (m, n, k), name = fact["shape"], fact["format"]
         seconds = multiply(spec, name, m, n, k)
         moved = n * k * (2 if name == "bf16" else 1)
-        reached = 2.0 * m * n * k / peak(spec, name, "matrix") if fact["of"] == "peak" else moved / bandwidth(spec)
+        reached = (
+            2.0 * m * n * k / peak(spec, name, "matrix") if fact["of"] == "peak" else moved / bandwidth(spec)
+        )
         least = "least" in fact
         measured = fact["least"] if least else fact["share"]
         yield Row(f"gemm maia-200 {name}", fact["what"], 100 * measured, 100 * reached / seconds, "%", least)
@@ -187,7 +191,8 @@ def main() -> None:
         mine = [row for row in found if row.family == family]
         mean = sum(abs(row.error) for row in mine) / len(mine)
         worst = max(mine, key=lambda row: abs(row.error))
-        print(f"{family:28} {len(mine):2} rows   mean {100 * mean:5.1f} %   worst {100 * worst.error:+6.1f} %  {worst.what}")
+        errors = f"mean {100 * mean:5.1f} %   worst {100 * worst.error:+6.1f} %"
+        print(f"{family:28} {len(mine):2} rows   {errors}  {worst.what}")
         for row in mine if verbose else ():
             bound = "at least " if row.least else ""
             print(

@@ -296,7 +296,8 @@ def estimate(
         str, typer.Option(help="Targets with commas between: names, paths of a .toml, or 'all'.")
     ] = "all",
     config: Annotated[
-        Path | None, typer.Option(help="A Hugging Face config.json instead of a model; no weights are needed.")
+        Path | None,
+        typer.Option(help="A Hugging Face config.json instead of a model; no weights are needed."),
     ] = None,
     weights: Annotated[str, typer.Option(help="Weight format. Default: what the model has, else bf16.")] = "",
     activations: Annotated[str, typer.Option(help="Format that linear layers multiply in, as fp8.")] = "",

@@ -4,10 +4,10 @@ What was measured goes first: of the ways that a link tells, the fastest. Straig
 and the last goes on. For another number of chips the part beyond the first point grows as what a ring sends:
 2 (n-1) / n of the bytes for an all-reduce, (n-1) / n for the others. Without measurements:
 
-- mesh, switch: every chip sends to every other at once: (1 or 2) latencies, and the ring's bytes over all ports;
+- mesh, switch: every chip sends to every other at once: 1 or 2 latencies, a ring's bytes over all ports;
 - ring, torus: n - 1 hops for each half, over the two ports of a ring of neighbours (one where n is 2).
 
-Sources: the ring and its cost, Patarasuk and Yuan 2009; rings in a torus without wrap-around, the scaling book.
+Sources: the ring and its cost, Patarasuk and Yuan 2009; rings of neighbours in a torus, the scaling book.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def joining(spec: TargetSpec, chips: int) -> Link:
             return link
     reach = max((int(x.chips.value) for x in spec.links.values() if x.chips), default=1)
     what = f"no link of {spec.name} joins {chips} chips, the largest joins {reach}"
-    raise TargetError("PORT-0334", what, where="--tp", hint="split it over fewer chips, or into narrower weights")
+    raise TargetError(
+        "PORT-0334", what, where="--tp", hint="split it over fewer chips, or into narrower weights"
+    )
 
 
 def nearest(ways: dict[str, Collective], chips: int) -> list[Collective]:
@@ -78,9 +80,8 @@ def _line(points: tuple[tuple[int, float], ...], size: float) -> float:
     """Seconds at a size, on the lines between measured points; below the first as there."""
     if size <= points[0][0]:
         return points[0][1]
-    for (a, s), (b, t) in pairwise(points):
-        if size <= b:
-            break
+    lines = list(pairwise(points))
+    (a, s), (b, t) = next((line for line in lines if size <= line[1][0]), lines[-1])
     return s + (t - s) * (size - a) / (b - a)
 
 

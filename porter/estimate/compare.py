@@ -12,10 +12,10 @@ from porter.estimate.estimate import Estimate, Options, estimate, split
 from porter.estimate.model import Model
 from porter.memory import shown
 
-COLUMNS = ("name", "chips", "prefill", "step", "tok/s", "USD/Mtok", "J/tok", "memory", "bound by")
+COLUMNS = ("name", "chips", "prefill", "step", "tok/s", "USD/Mtok", "J/tok", "GiB", "bound by")
 NOTES = (
     "prefill: a batch of prompts; step: one token for the whole batch, its cache at the asked context.",
-    "USD/Mtok, J/tok: of decoded tokens, at list price and design power. memory: of one chip.",
+    "USD/Mtok, J/tok: of decoded tokens, at list price and rated power. GiB: of one chip.",
 )
 
 
@@ -31,7 +31,9 @@ def load_model(model: Path | None, config: Path | None) -> Model:
     """The model that is asked about. Raises OptionError PORT-0336 unless just one of both is given."""
     if (model is None) == (config is None):
         what = "give a model or --config, one of them"
-        raise OptionError("PORT-0336", what, hint="porter estimate MODEL, or porter estimate --config config.json")
+        raise OptionError(
+            "PORT-0336", what, hint="porter estimate MODEL, or porter estimate --config config.json"
+        )
     if config is not None:
         from porter.estimate.config import read as of_config
 
@@ -84,11 +86,15 @@ def row(found: Estimate) -> dict[str, str]:
     if not found.fits:
         texts = dict.fromkeys(texts, "–")
     chips = f"{found.chips}" if found.fits else f"needs {found.chips}"
-    return {"name": found.target, "chips": chips, "memory": shown(found.bytes.total)} | texts
+    return {"name": found.target, "chips": chips, "GiB": _gib(found.bytes.total)} | texts
 
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g}" if size < 100 * 2**30 else f"{size / 2**30:.0f}"
 
 
 def _number(value: float | None) -> str:
@@ -96,7 +102,7 @@ def _number(value: float | None) -> str:
 
 
 def lines(compared: Compared) -> Sequence[str]:
-    """What stands under the table: what a lone target spends its time on, what is assumed, who is left out."""
+    """What stands under the table: what a lone target spends time on, what is assumed, who is left out."""
     kinds = dict.fromkeys(each.kind for each in compared.estimates)
     found = [*NOTES, f"All figures are {' or '.join(kinds)}."]
     if len(compared.estimates) == 1:

@@ -94,7 +94,11 @@ class _Reader:
         """A count above zero; without a default it must be there."""
         names = (key, *_OTHER_NAMES.get(key, ()))
         found = next((self.config[n] for n in names if self.config.get(n) is not None), default)
-        if isinstance(found, bool) or not isinstance(found, int) or not (0 < found < 1 << 40 or found == default):
+        if (
+            isinstance(found, bool)
+            or not isinstance(found, int)
+            or not (0 < found < 1 << 40 or found == default)
+        ):
             what = f"{key} is {found!r}, not a whole number above zero"
             raise ModelError("PORT-0330", what, where=self.where)
         if not found and not default and key in _REQUIRED:
@@ -125,7 +129,9 @@ class _Reader:
             Between("activation", layers, (wide + inner) // layers, split=True),
         )
         attention = tuple(
-            Attention(n, heads, kv_heads, size, size, window) for window, n in self._windows(layers).items() if n
+            Attention(n, heads, kv_heads, size, size, window)
+            for window, n in self._windows(layers).items()
+            if n
         )
         return Model(
             name,
@@ -171,7 +177,11 @@ class _Reader:
         if isinstance(types := self.config.get("layer_types"), list):
             sliding = sum(1 for t in types[:layers] if t == "sliding_attention")
         elif self.type in ("qwen2", "qwen3", "qwen3_moe"):
-            sliding = max(0, layers - self.number("max_window_layers", layers)) if self.flag("use_sliding_window", False) else 0
+            sliding = (
+                max(0, layers - self.number("max_window_layers", layers))
+                if self.flag("use_sliding_window", False)
+                else 0
+            )
         else:
             every = self.number("sliding_window_pattern", {"pairs": 2, "sixths": 6}.get(self.kind.windows, 1))
             sliding = {"": 0, "all": layers}.get(self.kind.windows, layers - layers // every)

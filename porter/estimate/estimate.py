@@ -23,8 +23,8 @@ PER_HOUR = 3600.0
 @dataclass(frozen=True)
 class Options:
     """What is asked: `batch` rows with prompts of `prompt` tokens, caches that reach `context` tokens (at
-    least the prompt's), over `tp` chips. `weights`, `activations` and `kv` are formats and a scheme as the command line takes them; ""
-    means what the model has, else BF16, BF16 and FP16."""
+    least the prompt's), over `tp` chips. `weights`, `activations` and `kv` are formats and a scheme as the
+    command line takes them; "" means what the model has, else BF16, BF16 and FP16."""
 
     weights: str = ""
     activations: str = ""
@@ -50,9 +50,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a model takes on a target. `bytes` are one chip's. When it does not fit, times are those that chips
-    with more memory would take, and `chips` is how many of these would do. `assumed` names the constants
-    behind the times that no source has."""
+    """What a model takes on a target. `bytes` are one chip's. When it does not fit, times are those that
+    chips with more memory would take, and `chips` is how many of these would do."""
 
     target: str
     options: Options
@@ -88,7 +87,7 @@ class Estimate:
 
     @property
     def joules_per_token(self) -> float | None:
-        """Energy of one of them, on all chips at their design power."""
+        """Energy of one of them, on all chips: at what a rack gives them, else at their design power."""
         return None if self.watts is None else self.watts * self.options.tp / self.tokens_per_s
 
     @property
@@ -185,7 +184,11 @@ def _settled(model: Model, spec: TargetSpec, options: Options) -> Options:
     activations = "" if options.activations in ("bf16", "fp16", "fp32") else spec.flavour(options.activations)
     context = max(options.context, options.prompt)
     return replace(
-        options, weights=weights, activations=activations, kv=options.kv or model.kv or "fp16", context=context
+        options,
+        weights=weights,
+        activations=activations,
+        kv=options.kv or model.kv or "fp16",
+        context=context,
     )
 
 
@@ -199,7 +202,9 @@ def split(parts: Iterable[Part]) -> dict[Bound, float]:
     spent: dict[Bound, float] = dict.fromkeys(get_args(Bound), 0.0)
     for part in parts:
         time, rest = part.time, part.time.seconds - part.time.fixed
-        spent["overhead" if not part.work.kernel.startswith("all-") else "links"] += part.work.count * time.fixed
+        spent["overhead" if not part.work.kernel.startswith("all-") else "links"] += (
+            part.work.count * time.fixed
+        )
         key: Bound = "links" if time.links else "compute" if time.compute > time.memory else "memory"
         spent[key] += part.work.count * rest
     return spent

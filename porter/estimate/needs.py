@@ -28,12 +28,14 @@ class Bytes:
 
 
 def needed(model: Model, stored: Stored, scheme: Scheme, batch: int, prompt: int, context: int) -> Bytes:
-    """What one of `stored.tp` chips holds: its part of the weights, the cache at `context` tokens of each row,
-    and the largest values of a prefill that live at once."""
+    """What one of `stored.tp` chips holds: its part of the weights, the cache at `context` tokens of each
+    row, and the largest values of a prefill that live at once."""
     weights = sum(_held(w, stored) * w.count * w.experts for w in model.linears) + model.small * WORD
     weights += _held(model.head, stored)
     weights += 0 if model.tied and stored.tp == 1 else model.vocab * model.hidden * WORD
-    return Bytes(weights, _cache(model, stored.tp, scheme, batch, context), _workspace(model, stored.tp, batch, prompt))
+    return Bytes(
+        weights, _cache(model, stored.tp, scheme, batch, context), _workspace(model, stored.tp, batch, prompt)
+    )
 
 
 def _held(linear: Linear, stored: Stored) -> float:
@@ -58,7 +60,7 @@ def cache_bits(scheme: Scheme, attention: Attention, tokens: int, layers: int, c
 
 
 def _workspace(model: Model, tp: int, batch: int, prompt: int) -> float:
-    """The residual, and the widest product's inputs and outputs, of all rows of a prefill; logits of a step."""
+    """The residual and the widest product's inputs and outputs of all rows of a prefill; logits of a step."""
     widest = max(sum(part(w, tp)) * w.chosen for w in model.linears)
     return float(batch * prompt * (model.hidden + widest) * WORD + batch * model.vocab * 4)
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,11 +15,10 @@ from porter import decoder, graph, kv
 from porter.bundle import Bundle
 from porter.errors import ModelError
 from porter.estimate.model import Attention, Between, Linear, Model, Side
+from porter.estimate.work import WORD
 from porter.kv import layout
-from porter.kv.scheme import Scheme
-from porter.kvgraph.graph import CAPACITY, DONE
+from porter.kvgraph.graph import DONE
 from porter.weights import select
-from porter.weights.select import reaches_attention
 
 _CODES = {
     "FLOAT": "fp32",
@@ -69,12 +69,12 @@ class _Reader:
         nodes = [n for n in self.ir.graph if select.is_linear(n)]
         if not nodes:
             raise _refused("no product with a constant matrix is in it")
-        heads = select._head_nodes(self.ir.graph)
+        heads = select.head_nodes(self.ir.graph)
         head = self._linear(next((n for n in nodes if n in heads), nodes[-1]), 0)
         hidden = head.k
         linears = Counter(self._linear(n, hidden) for n in nodes if n not in heads)
         attention = self._attention([w for w, n in linears.items() for _ in range(n)], hidden)
-        counted = tuple(_times(w, n) for w, n in linears.items())
+        counted = tuple(replace(w, count=n) for w, n in linears.items())
         layers = sum(a.count for a in attention)
         queries = sum(a.count * (a.heads + 2 * a.kv_heads) * a.size for a in attention)
         wide = sum((w.n + w.k) * w.count for w in counted if w.name == "mlp") - 2 * hidden * layers
@@ -83,12 +83,12 @@ class _Reader:
             Between("rotate and cache", layers, 2 * queries // layers, split=True),
             Between("activation", layers, max(0, wide) // layers, split=True),
         )
-        matrices = sum(w.k * w.n * w.count for w in counted)
-        tied = not any("head" not in m.roles and "embedding" in m.roles for m in select.matrices(self.ir.graph))
-        total = graph.weight_bytes(self.ir)
-        held = sum(w.stored * w.count for w in counted) + head.stored * (1 if tied else 2)
-        small = max(0, total - held) // 2
-        assert matrices
+        tied = not any(
+            "head" not in m.roles and "embedding" in m.roles for m in select.matrices(self.ir.graph)
+        )
+        held = sum(w.stored * w.count for w in counted) + head.stored
+        held += 0 if tied else head.n * hidden * WORD
+        small = max(0, graph.weight_bytes(self.ir) - held) // WORD  # what is left, whatever its type
         return Model(
             self.name, hidden, head.n, counted, attention, between, head, tied, small, 2 * layers, self.kv
         )
@@ -97,7 +97,7 @@ class _Reader:
         """What a product multiplies by; `hidden` 0 for the head."""
         k, n = _sizes(node)
         codes, stored = _stored(node)
-        attention = bool(hidden) and reaches_attention(node)
+        attention = bool(hidden) and select.reaches_attention(node)
         side: Side = "column" if not hidden or attention or n != hidden else "row"
         name = "logits" if not hidden else "attention" if attention else "mlp"
         quantizer = node.inputs[0].producer() if node.inputs[0] is not None else None
@@ -124,7 +124,8 @@ class _Reader:
         cached = sum(2 * heads * size for heads, size in found)
         queries = (outputs - cached) // max(1, sum(size for _, size in found))
         return tuple(
-            Attention(n, max(heads, queries), heads, size, size) for (heads, size), n in Counter(found).items()
+            Attention(n, max(heads, queries), heads, size, size)
+            for (heads, size), n in Counter(found).items()
         )
 
     def _size(self, kind: str, width: int) -> int:
@@ -135,12 +136,6 @@ class _Reader:
         return next(
             (d for d in range(1, 8 * width + 1) if layout.row_bytes(side, side.element, d) == width), width
         )
-
-
-def _times(linear: Linear, count: int) -> Linear:
-    from dataclasses import replace
-
-    return replace(linear, count=count)
 
 
 def _sizes(node: ir.Node) -> tuple[int, int]:

@@ -1,16 +1,15 @@
-"""Timing: how long one kernel takes on a chip. The roofline reads the spec; a simulator may stand in its place.
+"""Timing: how long one kernel takes on a chip. The roofline reads the spec; a simulator may stand there.
 
     time = fixed + (C^p + M^p)^(1/p)    C = operations / (compute * peak)    M = bytes / (memory * bandwidth)
 
 with the constants of `spec.efficiency` for the kernel and format, else of the nearest one that is there, else
-`ASSUMED`. A product's m, n and k are rounded up to what the matrix unit takes at once; where instructions have
-a least time, the operand that moves past the other may be as short as that. A prompt's attention
-takes (1 + half / tokens) as long to compute: short rows leave the units waiting.
+`ASSUMED`. A product's m, n and k are rounded up to what the matrix unit takes at once; where instructions
+have a least time, the operand that moves past the other may be as short as that. A prompt's attention takes
+(1 + half / tokens) as long to compute: short rows leave the units waiting.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -139,12 +138,19 @@ class Constants:
 
     def _entries(self, key: str) -> Iterator[Efficiency]:
         table: dict[Any, dict[str, Efficiency]] = self.spec.efficiency
-        kernel, names = self.work.kernel, (self.work.weights, base(self.work.weights), self.work.format, "bf16")
+        kernel, names = (
+            self.work.kernel,
+            (self.work.weights, base(self.work.weights), self.work.format, "bf16"),
+        )
         own = table.get(kernel, {})
         if kernel != "gemm":
             names = ("bf16",)
         elif self.work.format != base(self.work.weights):
             names = (self.work.format, "bf16")  # widened: the product is that of the wider format
         yield from (own[name] for name in names if name in own)
-        fallback = ((kernel, "bf16"), ("gemm", "bf16")) if key in ("fixed", "overlap") else _NEAREST.get((kernel, key), ())
+        fallback = (
+            ((kernel, "bf16"), ("gemm", "bf16"))
+            if key in ("fixed", "overlap")
+            else _NEAREST.get((kernel, key), ())
+        )
         yield from (table[a][b] for a, b in fallback if b in table.get(a, {}))

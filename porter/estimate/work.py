@@ -85,14 +85,16 @@ def kernels(model: Model, spec: TargetSpec, step: Step, stored: Stored) -> list[
 
 
 def product(linear: Linear, spec: TargetSpec, rows: int, stored: Stored) -> Work:
-    """A product of `rows` vectors with one chip's part of a matrix; of experts, with those that are chosen."""
+    """A product of `rows` vectors with one chip's part of a matrix, or of the experts that are chosen."""
     k, n = part(linear, stored.tp)
     weights = linear.weights or stored.weights
     activations = linear.activations or stored.activations
     placed = placement(spec, weights, activations)
     if placed is None:
         what = f"{spec.name} says nothing of how weights in {weights} are multiplied"
-        raise SpecError("PORT-0338", what, where="--weights", hint=f"porter targets {spec.name} shows what is")
+        raise SpecError(
+            "PORT-0338", what, where="--weights", hint=f"porter targets {spec.name} shows what is"
+        )
     touched = linear.experts * (1 - (1 - linear.chosen / linear.experts) ** rows)
     pairs = rows * linear.chosen
     narrow = placed.how == "native" and base(placed.format) not in (*WIDE, "tf32")
@@ -146,7 +148,7 @@ def _attention(attention: Attention, step: Step, stored: Stored) -> Work:
         kernel: Kernel = "decode-attention"
     else:
         full = min(step.tokens, window)
-        seen = full * full / 2 + (step.tokens - full) * full  # pairs of a query and a key, half of the square
+        seen = full * (full + 1) / 2 + (step.tokens - full) * full  # pairs of a query and a key that it sees
         cached, kernel = step.rows, "prefill-attention"
     sizes = attention.size + attention.value
     operations = 2.0 * step.batch * heads * seen * sizes

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -130,7 +131,7 @@ def _points(raw: Any) -> tuple[tuple[int, float], ...]:
     if len(pairs) < 2 or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise units.Impossible(f"{raw!r} is not a list of two or more [size, time]")
     found = tuple((int(units.quantity(a, "B")), float(units.quantity(b, "s"))) for a, b in pairs)
-    if any(a[0] >= b[0] or a[1] > b[1] for a, b in zip(found, found[1:], strict=False)):
+    if any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise(found)):
         raise units.Impossible("sizes do not grow from point to point, or a larger one takes less time")
     return found
 
