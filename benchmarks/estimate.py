@@ -1,9 +1,10 @@
 """Compare estimates with measurements: kernels, collectives, and whole models that no constant was fitted to.
 
-python benchmarks/estimate.py [--verbose]
+python benchmarks/estimate.py [--verbose] [--held-out]
 
 Measured values and their sources: benchmarks/measured.toml. For each family the mean of the absolute errors
-of the estimate and the worst one; `--verbose` lists every row.
+of the estimate and the worst one; `--verbose` lists every row. `--held-out` fits each family of products anew
+to all of its rows but one, and says how far that one is off.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from porter import target
 from porter.estimate import Model, Options, estimate
 from porter.estimate.collectives import collective
 from porter.estimate.config import read
 from porter.estimate.model import Linear
-from porter.estimate.timing import ASSUMED, bandwidth, peak, roofline
+from porter.estimate.timing import ASSUMED, bandwidth, operations, peak, roofline
 from porter.estimate.work import Stored, Work, product
 from porter.target import TargetSpec
 
@@ -54,7 +57,7 @@ def rows() -> Iterator[Row]:
 def multiply(spec: TargetSpec, name: str, m: int, n: int, k: int) -> float:
     """Seconds of one product whose weights and activations are in a format."""
     activations = "" if name == "bf16" else name
-    work = product(Linear("product", k, n, 1, "whole"), spec, m, Stored(name, activations, 16, 1))
+    work = product(matrix(k, n), spec, m, Stored(name, activations, 16, 1))
     return roofline(work, spec).seconds
 
 
@@ -183,16 +186,45 @@ def output_rate(model: Model, spec: TargetSpec, prompt: int, output: int, batch:
     return batch * output / (at(prompt + output).prefill_s + sum(each) / STEPS * (output - 1)) / tp
 
 
+def held_out() -> Iterator[Row]:
+    """Each product of a GPU from constants that were fitted, on a grid, to the others of its family."""
+    shares, fixed = np.arange(0.5, 1, 0.02), np.arange(2, 20, 0.5)
+    grid = np.stack(np.meshgrid(shares, shares, fixed, indexing="ij"), -1).reshape(-1, 3)
+    for row in MEASURED["gemm"]["rows"]:
+        spec, name, us = target.load(row["target"]), row["format"], np.array(row["us"])
+        guesses = np.stack([_guessed(spec, name, *shape, grid) for shape in MEASURED["gemm"]["shapes"]], -1)
+        errors = np.abs(guesses / us - 1)
+        for i, (m, n, k) in enumerate(MEASURED["gemm"]["shapes"]):
+            best = np.argmin(errors.sum(-1) - errors[:, i])
+            what, family = f"{m} x {n} x {k}", f"gemm {row['target']} {name}, held out"
+            yield Row(family, what, us[i], guesses[best, i], "us")
+
+
+def _guessed(spec: TargetSpec, name: str, m: int, n: int, k: int, grid: np.ndarray) -> np.ndarray:
+    """Microseconds of a product for rows of constants [compute, memory, fixed in us]; overlap is 4."""
+    work = product(matrix(k, n), spec, m, Stored(name, "" if name == "bf16" else name, 16, 1))
+    computing = 1e6 * operations(work, spec) / peak(spec, name, "matrix") / grid[:, 0]
+    moving = 1e6 * work.bytes / bandwidth(spec) / grid[:, 1]
+    before = 0 if name == "bf16" else 1e6 * m * k * (2 + code_bytes(name)) / bandwidth(spec) / grid[:, 1]
+    return grid[:, 2] + before + (computing**4 + moving**4) ** 0.25
+
+
+def matrix(k: int, n: int) -> Linear:
+    return Linear("product", k, n, 1, "whole")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--verbose", action="store_true", help="every row")
-    verbose, found = parser.parse_args().verbose, list(rows())
+    parser.add_argument("--held-out", action="store_true", help="products, each from a fit to the others")
+    arguments = parser.parse_args()
+    verbose, found = arguments.verbose, list(held_out() if arguments.held_out else rows())
     for family in dict.fromkeys(row.family for row in found):
         mine = [row for row in found if row.family == family]
         mean = sum(abs(row.error) for row in mine) / len(mine)
         worst = max(mine, key=lambda row: abs(row.error))
         errors = f"mean {100 * mean:5.1f} %   worst {100 * worst.error:+6.1f} %"
-        print(f"{family:28} {len(mine):2} rows   {errors}  {worst.what}")
+        print(f"{family:36} {len(mine):2} rows   {errors}  {worst.what}")
         for row in mine if verbose else ():
             bound = "at least " if row.least else ""
             print(

@@ -15,7 +15,7 @@ from porter.memory import shown
 COLUMNS = ("name", "chips", "prefill", "step", "tok/s", "USD/Mtok", "J/tok", "GiB", "bound by")
 NOTES = (
     "prefill: a batch of prompts; step: one token for the whole batch, its cache at the asked context.",
-    "USD/Mtok, J/tok: of decoded tokens, at list price and rated power. GiB: of one chip.",
+    "USD/Mtok, J/tok: of decoded tokens, on demand (*: spot or reserved), at rated power. GiB: of a chip.",
 )
 
 
@@ -79,7 +79,7 @@ def row(found: Estimate) -> dict[str, str]:
         "prefill": _seconds(found.prefill_s),
         "step": _seconds(found.decode_s),
         "tok/s": f"{found.tokens_per_s:,.0f}" if found.tokens_per_s >= 10 else f"{found.tokens_per_s:.2g}",
-        "USD/Mtok": _number(found.usd_per_mtok),
+        "USD/Mtok": _number(found.usd_per_mtok) + ("*" if found.terms in ("spot", "reserved") else ""),
         "J/tok": _number(found.joules_per_token),
         "bound by": found.bound_by,
     }

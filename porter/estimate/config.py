@@ -106,9 +106,11 @@ class _Reader:
         return found
 
     def flag(self, key: str, default: bool) -> bool:
+        """Whether something is said to be so."""
         return bool(self.config.get(key, default))
 
     def model(self, name: str) -> Model:
+        """The whole of it, as serving runtimes fuse its products."""
         hidden, layers = self.number("hidden_size"), self.number("num_hidden_layers")
         heads, vocab = self.number("num_attention_heads"), self.number("vocab_size")
         kv_heads = self.number("num_key_value_heads", heads)
@@ -120,11 +122,10 @@ class _Reader:
             Linear("attention out", queries, hidden, layers, "row"),
             *self._mlp(hidden, layers),
         )
-        norms = 4 if self.kind.norms == 4 else 2
         wide = sum(w.n * w.count * w.chosen for w in linears if w.name in ("gate and up", "up"))
         inner = sum(w.k * w.count * w.chosen for w in linears if w.name == "down")
         between = (
-            Between("norm and residual", norms * layers + 1, 4 * hidden, split=False),
+            Between("norm and residual", self.kind.norms * layers + 1, 4 * hidden, split=False),
             Between("rotate and cache", layers, 2 * (queries + 2 * cached), split=True),
             Between("activation", layers, (wide + inner) // layers, split=True),
         )

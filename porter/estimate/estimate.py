@@ -51,7 +51,7 @@ class Part:
 @dataclass(frozen=True)
 class Estimate:
     """What a model takes on a target. `bytes` are one chip's. When it does not fit, times are those that
-    chips with more memory would take, and `chips` is how many of these would do."""
+    chips with more memory would take, and `chips` is how many of these would do. `terms`: of the price."""
 
     target: str
     options: Options
@@ -61,6 +61,7 @@ class Estimate:
     prefill: tuple[Part, ...]
     decode: tuple[Part, ...]
     usd_per_hour: float | None
+    terms: str
     watts: float | None
 
     @property
@@ -170,6 +171,7 @@ def estimate(model: Model, spec: TargetSpec, options: Options, timer: Timer = ro
         timed(Step(asked.batch, asked.prompt, 0)),
         timed(Step(asked.batch, 1, asked.context - 1)),
         float(spec.price.per_hour.value) if spec.price else None,
+        spec.price.terms if spec.price else "",
         float((spec.power.provisioned or spec.power.design).value) if spec.power else None,
     )
 
