@@ -18,7 +18,7 @@ from porter.errors import SpecError
 from porter.estimate.work import Work
 from porter.target import TargetSpec
 from porter.target.costs import Efficiency
-from porter.target.placing import base
+from porter.target.placing import base, same
 
 Kind = Literal["estimated", "simulated", "measured"]
 Bound = Literal["compute", "memory", "overhead", "links"]
@@ -68,7 +68,7 @@ def roofline(work: Work, spec: TargetSpec) -> Time:
     known = Constants(spec, work)
     compute = 0.0
     if work.operations:
-        reached = known["compute"] * peak(spec, work.format, work.unit)
+        reached = known["compute"] * rate(work, spec)
         compute = operations(work, spec) / reached
         if work.kernel == "prefill-attention":
             compute *= 1 + known["half"] / work.tokens
@@ -97,6 +97,14 @@ def operations(work: Work, spec: TargetSpec) -> float:
 
 def _up(n: int, step: int) -> int:
     return -(-n // step) * step
+
+
+def rate(work: Work, spec: TargetSpec) -> float:
+    """Operations a second of a kernel at its peak: of both formats that it multiplies where they differ."""
+    for mixed in spec.matrix.mixed if spec.matrix and work.activations else ():
+        if same(mixed.activations, base(work.activations)) and same(mixed.weights, base(work.weights)):
+            return float(mixed.rate.value)
+    return peak(spec, work.format, work.unit)
 
 
 def peak(spec: TargetSpec, name: str, unit: str) -> float:

@@ -21,7 +21,8 @@ class Work:
     """`count` runs of a kernel on one chip, alike.
 
     `operations` of one run are done in `format`, on the matrix or the `unit` that is named; `bytes` of it
-    pass the outermost memory. `weights` is the stored format of a product, `shape` its [m, n, k] (`groups`
+    pass the outermost memory. `weights` is the stored format of a product, `activations` the other operand's
+    where the unit multiplies it as it is, `shape` its [m, n, k] (`groups`
     of them in one run), `tokens` the length of the prompt that attention works on. A collective's `bytes`
     are those of its result.
     """
@@ -34,6 +35,7 @@ class Work:
     format: str = ""
     unit: str = "matrix"
     weights: str = ""
+    activations: str = ""
     shape: tuple[int, int, int] = (0, 0, 0)
     groups: float = 1.0
     tokens: int = 0
@@ -98,7 +100,7 @@ def product(linear: Linear, spec: TargetSpec, rows: int, stored: Stored) -> Work
     touched = linear.experts * (1 - (1 - linear.chosen / linear.experts) ** rows)
     pairs = rows * linear.chosen
     narrow = placed.how == "native" and base(placed.format) not in (*WIDE, "tf32")
-    width = bits(placed.format, pairs, k) / 8 if narrow and activations else WORD
+    width = bits(activations, pairs, k) / 8 if narrow and activations else WORD
     moved = pairs * k * width + touched * bytes_of(linear, k, n, stored) + pairs * n * WORD
     return Work(
         "gemm",
@@ -109,6 +111,7 @@ def product(linear: Linear, spec: TargetSpec, rows: int, stored: Stored) -> Work
         placed.format,
         placed.unit,
         weights,
+        (activations or "bf16") if narrow else "",
         (math.ceil(pairs / touched), n, k),
         touched,
     )

@@ -15,8 +15,9 @@ import pytest
 from porter import target
 from porter.errors import SpecError, TargetError
 from porter.estimate.collectives import collective, joining
-from porter.estimate.timing import ASSUMED, operations, roofline
-from porter.estimate.work import Work
+from porter.estimate.model import Linear
+from porter.estimate.timing import ASSUMED, operations, rate, roofline
+from porter.estimate.work import Stored, Work, product
 from porter.target import TargetSpec
 
 ROOT = Path(__file__).parents[3]
@@ -38,6 +39,27 @@ def test_a_product_takes_what_the_formula_says() -> None:
     moving = 2 * (2 * 8192 + 8192 * 8192) / (0.86 * 3.35e12)
     wanted = 4 * US + (computing**4 + moving**4) ** 0.25
     assert math.isclose(roofline(gemm(1, 8192, 8192), target.load("h100")).seconds, wanted, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "activations", "tflops", "width"),
+    [
+        ("maia-200", "mxfp4", "mxfp4", 10145, 4.25),
+        ("maia-200", "mxfp4", "mxfp8", 5072, 8.25),
+        ("maia-200", "mxfp4", "", 1268, 16),
+        ("tpu-7x", "fp8-e4m3fn", "fp8-e4m3fn", 4614, 8 + 32 / 4096),
+        ("tpu-7x", "fp8-e4m3fn", "", 2307, 16),  # BF16 by FP8
+        ("h100", "fp8-e4m3fn", "", 989, 16),
+    ],
+)
+def test_two_formats_are_multiplied_at_the_rate_of_both(
+    name: str, weights: str, activations: str, tflops: float, width: float
+) -> None:
+    spec = target.load(name)
+    linear = Linear("product", 4096, 1024, 1, "whole")
+    few, many = (product(linear, spec, rows, Stored(weights, activations, 16, 1)) for rows in (64, 128))
+    assert rate(few, spec) == tflops * 1e12
+    assert math.isclose(many.bytes - few.bytes, 64 * (4096 * width / 8 + 1024 * 2), rel_tol=1e-9)
 
 
 def test_without_measurements_constants_are_assumed_and_named() -> None:
