@@ -32,7 +32,7 @@ def simulate(program: Program, spec: TargetSpec) -> KernelTime:
 def slowest(program: Program, spec: TargetSpec) -> Work | None:
     """Of the stage that takes longest, the core or cluster that does; None where nothing is done."""
     found = [
-        Work(steps, program.buffers, spec, stage.active)
+        Work(steps, program, spec, stage.active)
         for _, stage in _stages(resolve(program, Core(spec).cores, Core(spec).clusters))
         for _, steps in stage.shares
     ]
@@ -62,7 +62,7 @@ class _Total:
 
     def add(self, times: int, stage: Stage) -> None:
         if stage not in self.known:
-            found = [Work(steps, self.program.buffers, self.spec, stage.active) for _, steps in stage.shares]
+            found = [Work(steps, self.program, self.spec, stage.active) for _, steps in stage.shares]
             self.known[stage] = found, [work.seconds() for work in found]
         works, ends = self.known[stage]
         self.seconds += times * max(ends)

@@ -83,14 +83,30 @@ def homes(program: Program) -> dict[str, str]:
                 visit(node.body, path)
             else:
                 for name in (*node.reads, *node.writes):
-                    paths[name] = _shared(paths.get(name, path), path)
+                    paths[name] = _common(paths.get(name, path), path)
 
     visit(program.body, ())
     on_chip = {buffer.name for buffer in program.buffers if buffer.slots}
     return {name: path[-1] for name, path in paths.items() if path and name in on_chip}
 
 
-def _shared(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:
+def shared(program: Program) -> frozenset[str]:
+    """The buffers that operations outside of loops over cores touch: in a cluster, all cores have them."""
+    found: set[str] = set()
+
+    def visit(nodes: tuple[Node, ...]) -> None:
+        for node in nodes:
+            if isinstance(node, Loop | When):
+                if not isinstance(node, Loop) or node.over != "cores":
+                    visit(node.body)
+            else:
+                found.update(node.reads, node.writes)
+
+    visit(program.body)
+    return frozenset(found)
+
+
+def _common(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:
     end = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
     return one[: min(len(one), len(other)) if end is None else end]
 

@@ -1,7 +1,8 @@
 """Work: what a core does between two waits, or a cluster with its cores, made ready for the engine.
 
 Cores of a cluster that do the same throughout are simulated as one. Each has queues and buffers of its own;
-buffers that operations outside of the cores' loops touch are the cluster's, shared by all.
+buffers that operations outside of the cores' loops touch are the cluster's: all cores read what it fills,
+and it collects what they write.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from porter.errors import TargetError
 from porter.simulate.cost import Core, Cost
 from porter.simulate.engine import Action, Renewal, Round, Watch, run
-from porter.simulate.program import Buffer, Operation
-from porter.simulate.resolve import Deal, Repeat, Step
+from porter.simulate.program import Operation, Program
+from porter.simulate.resolve import Deal, Repeat, Step, shared
 from porter.target import TargetSpec
 
 
@@ -59,12 +61,12 @@ class Work:
     `ticks` to the second make every cost a whole number; place 0 of the state is when all is done.
     """
 
-    def __init__(
-        self, steps: tuple[Step, ...], buffers: tuple[Buffer, ...], spec: TargetSpec, active: int
-    ) -> None:
-        self.buffers = {buffer.name: buffer for buffer in buffers}
+    def __init__(self, steps: tuple[Step, ...], program: Program, spec: TargetSpec, active: int) -> None:
+        self.buffers = {buffer.name: buffer for buffer in program.buffers}
         self.size = 1
         self.actors = list(_actors(steps, Core(spec)))
+        self.shared = _checked(shared(program), self.actors[1:], program.name)
+        self.common: dict[str, Place] = {}
         inner = sum(actor.number for actor in self.actors[1:])
         for actor in self.actors:
             core = Core(spec, active if actor.index < 0 else active * inner)
@@ -74,7 +76,7 @@ class Work:
             t for a in self.actors for cost in a.costs.values() for t in (cost.lead, cost.busy, cost.length)
         ]
         self.ticks = math.lcm(*(time.denominator for time in times))
-        self.program = self._steps(steps, self.actors[0])
+        self.steps = self._steps(steps, self.actors[0])
 
     @property
     def cores(self) -> int:
@@ -84,7 +86,7 @@ class Work:
     def seconds(self) -> Fraction:
         """Until all is done."""
         state = self.start()
-        run(state, self.program)
+        run(state, self.steps)
         return Fraction(state[0], self.ticks)
 
     def start(self) -> list[int]:
@@ -93,22 +95,23 @@ class Work:
 
     def watched(self, watch: Watch) -> None:
         """Tell `watch` of every operation, one by one."""
-        run(self.start(), self.program, watch)
+        run(self.start(), self.steps, watch)
 
     def _settle(self, actor: Actor) -> None:
-        """Give queues and buffers their places; a cluster's buffers are settled first."""
+        """Give queues and buffers their places."""
         for name in sorted({q for cost in actor.costs.values() for q in (cost.queue, cost.also) if q}):
             actor.queues[name] = self.size
             self.size += 1
         used = {name for op in actor.counted for name in (*op.reads, *op.writes)}
         for name, buffer in self.buffers.items():
-            if name not in used:
-                continue
-            if name in self.actors[0].places:
-                actor.places[name] = self.actors[0].places[name]
-                continue
-            actor.places[name] = Place(self.size, max(1, buffer.slots))
-            self.size += max(1, buffer.slots) + 2
+            if name in used and name not in self.common:
+                place = Place(self.size, max(1, buffer.slots))
+                self.size += place.slots + 2
+                actor.places[name] = place
+                if name in self.shared:
+                    self.common[name] = place
+            elif name in used:
+                actor.places[name] = self.common[name]
 
     def _steps(self, steps: tuple[Step, ...], actor: Actor) -> tuple[Round | Action, ...]:
         made: list[Round | Action] = []
@@ -162,6 +165,16 @@ def _actors(steps: tuple[Step, ...], core: Core) -> Iterator[Actor]:
     for indices in alike.values():
         if counted := _counted(steps, indices[0]):
             yield Actor(indices[0], len(indices), 1, counted)
+
+
+def _checked(names: frozenset[str], cores: list[Actor], kernel: str) -> frozenset[str]:
+    """What cores of a cluster write for each other would need them to wait for each other: not modelled."""
+    operations = [operation for actor in cores for operation in actor.counted]
+    read, written = ({name for op in operations for name in getattr(op, key)} for key in ("reads", "writes"))
+    if both := sorted(names & read & written):
+        what = "cores of a cluster both read and write a buffer that the cluster has in common"
+        raise TargetError("PORT-0445", what, f"{kernel}, buffer {both[0]}")
+    return names
 
 
 def _deals(steps: tuple[Step, ...]) -> Iterator[Deal]:

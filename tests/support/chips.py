@@ -94,8 +94,8 @@ def chip(
 ) -> TargetSpec:
     """A chip with `cores` cores, in `clusters` clusters or none.
 
-    DMA `hbm` goes to the core's `sram`; with clusters, `outer` to their `shared` and `hbm` from there. `rate` and
-    `least` are lines of the DMA's and the matrix unit's tables.
+    DMA `hbm` goes to the core's `sram`; with clusters, `outer` to their `shared` and `hbm` from there.
+    `rate` and `least` are lines of the DMA's and the matrix unit's tables.
     """
     dma = [("outer", "hbm", "shared", clusters)] if clusters else []
     dma += [("hbm", "shared" if clusters else "hbm", "sram", engines * cores)]

@@ -1,7 +1,7 @@
 """A simulator without closed forms: every iteration of every core is an event.
 
-Written against the rules in `porter.simulate` (the docstrings of `cost`, `program` and `work`), not its code: it
-shares the data types and what a single operation costs, which have tests of their own.
+Written against the rules in `porter.simulate` (the docstrings of `cost`, `program` and `work`), not its
+code: it shares the data types and what a single operation costs, which have tests of their own.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def number(expression: Any, at: dict[str, int]) -> int:
         names = [name for name, _ in parts[0]]
         spans = [range(number(extent, at)) for _, extent in parts[0]]
         points = itertools.product(*spans)
-        return sum(
-            bool(number(parts[1], at | dict(zip(names, point, strict=True)))) for point in points
-        )
+        return sum(bool(number(parts[1], at | dict(zip(names, point, strict=True)))) for point in points)
     if kind == "together":
         total, whole = 1, True
         for along, size in parts[0][::-1]:
