@@ -1,0 +1,96 @@
+"""Nests: a kernel of blocks taken apart into the loops around each block, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.ir import Expr, Range
+
+
+@dataclass(frozen=True)
+class Nest:
+    """Loops, outermost first, around one block."""
+
+    loops: tuple[tirx.For, ...]
+    realize: s_tir.SBlockRealize
+
+    @property
+    def block(self) -> s_tir.SBlock:
+        """The block."""
+        return self.realize.block
+
+    @property
+    def name(self) -> str:
+        """The block's name."""
+        return self.block.name_hint
+
+    def statement(self) -> tirx.Stmt:
+        """As TIR."""
+        body: tirx.Stmt = self.realize
+        for loop in reversed(self.loops):
+            body = tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, None, loop.annotations)
+        return body
+
+    def resized(self, extents: Mapping[int, Expr]) -> Nest:
+        """With other extents of the loops of those numbers, each of which is one axis of the block."""
+        axes = list(self.block.iter_vars)
+        loops = list(self.loops)
+        for i, extent in extents.items():
+            old = loops[i]
+            loops[i] = tirx.For(old.loop_var, old.min, extent, old.kind, old.body)
+            axis = axes[i]
+            axes[i] = tirx.IterVar(Range(0, extent), axis.var, axis.iter_type)
+        block = _block(self.block, iter_vars=axes)
+        return replace(self, loops=tuple(loops), realize=_realize(self.realize, block))
+
+    def mapped(self, variables: Mapping[Any, Any]) -> Nest:
+        """With some variables (buffers are variables too) in place of others."""
+        block = substituted(self.block, variables)
+        return replace(self, realize=_realize(self.realize, block))
+
+    def with_body(self, body: tirx.Stmt) -> Nest:
+        """With another body of the block."""
+        return replace(self, realize=_realize(self.realize, _block(self.block, body=body)))
+
+
+def apart(function: tirx.PrimFunc) -> list[Nest] | None:
+    """The nests of a function, in order; None where it is not made of nests of one block each."""
+    root = function.body.block
+    found = []
+    for statement in root.body.seq if isinstance(root.body, tirx.SeqStmt) else [root.body]:
+        loops = []
+        while isinstance(statement, tirx.For):
+            loops.append(statement)
+            statement = statement.body
+        if not isinstance(statement, s_tir.SBlockRealize):
+            return None
+        found.append(Nest(tuple(loops), statement))
+    return found
+
+
+def together(function: tirx.PrimFunc, nests: list[Nest], buffers: list[Any]) -> tirx.PrimFunc:
+    """The function with other nests and other buffers between them."""
+    root = function.body.block
+    statements = [n.statement() for n in nests]
+    body = statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
+    block = _block(root, body=body, alloc_buffers=buffers)
+    return function.with_body(s_tir.SBlockRealize([], True, block))
+
+
+def substituted(node: Any, variables: Mapping[Any, Any]) -> Any:
+    """A statement, block or expression with some variables in place of others."""
+    return tvm_ffi.structural_map(node, (tirx.Var, lambda v: variables.get(v, v)))
+
+
+def _block(block: s_tir.SBlock, **changes: Any) -> s_tir.SBlock:
+    fields = ("iter_vars", "reads", "writes", "name_hint", "body", "init", "alloc_buffers")
+    given = {name: changes.get(name, getattr(block, name)) for name in fields}
+    return s_tir.SBlock(**given, match_buffers=block.match_buffers, annotations=block.annotations)
+
+
+def _realize(realize: s_tir.SBlockRealize, block: s_tir.SBlock) -> s_tir.SBlockRealize:
+    return s_tir.SBlockRealize(realize.iter_values, realize.predicate, block)
