@@ -71,8 +71,11 @@ class Packed:
         scale = self.scale(n, i64(0)) if layout.group and not grouped(layout) else None
         if not layout.factor:
             return scale
-        factor = self._buffer("factor")[0]
-        return factor if scale is None else scale * factor
+        return self.factor() if scale is None else scale * self.factor()
+
+    def factor(self) -> Expr:
+        """What all scales are multiplied by, where there is such."""
+        return self._buffer("factor")[0]
 
     def _group(self, k: Expr) -> Expr:
         return k // i64(self.layout.group) if grouped(self.layout) else i64(0)
