@@ -101,7 +101,7 @@ class _Schedule:
         staging.write(last, self._places(loops.outer_w, inner), loops.tile)
         for number in staging.inputs(last):
             staging.read(last, number, self._places(loops.outer_w, inner))
-        staging.vector(last)
+        staging.vector(last, 2)
         self._unit(loops)
         return schedule.mod[staging.names()[0]]
 
