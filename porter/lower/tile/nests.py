@@ -72,12 +72,39 @@ def apart(function: tirx.PrimFunc) -> list[Nest] | None:
     return found
 
 
+def without_checks(function: tirx.PrimFunc) -> tuple[tirx.PrimFunc, list[tirx.Stmt]]:
+    """The function without statements that are no nests of blocks, which check arguments, and those."""
+    root = function.body.block
+    body = list(root.body.seq) if isinstance(root.body, tirx.SeqStmt) else [root.body]
+    checks = [s for s in body if not _has_block(s)]
+    rest = [s for s in body if _has_block(s)]
+    return (_with_statements(function, rest), checks) if checks and rest else (function, [])
+
+
+def with_checks(function: tirx.PrimFunc, checks: list[tirx.Stmt]) -> tirx.PrimFunc:
+    """The function with checks before all else."""
+    if not checks:
+        return function
+    body = function.body.block.body
+    return _with_statements(function, [*checks, *(body.seq if isinstance(body, tirx.SeqStmt) else [body])])
+
+
+def _has_block(statement: tirx.Stmt) -> bool:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(statement, (s_tir.SBlock, found.append))
+    return bool(found)
+
+
+def _with_statements(function: tirx.PrimFunc, statements: list[tirx.Stmt]) -> tirx.PrimFunc:
+    body = statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
+    return function.with_body(s_tir.SBlockRealize([], True, _block(function.body.block, body=body)))
+
+
 def together(function: tirx.PrimFunc, nests: list[Nest], buffers: list[Any]) -> tirx.PrimFunc:
     """The function with other nests and other buffers between them."""
-    root = function.body.block
     statements = [n.statement() for n in nests]
     body = statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
-    block = _block(root, body=body, alloc_buffers=buffers)
+    block = _block(function.body.block, body=body, alloc_buffers=buffers)
     return function.with_body(s_tir.SBlockRealize([], True, block))
 
 
