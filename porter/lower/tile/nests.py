@@ -100,6 +100,20 @@ def _with_statements(function: tirx.PrimFunc, statements: list[tirx.Stmt]) -> ti
     return function.with_body(s_tir.SBlockRealize([], True, _block(function.body.block, body=body)))
 
 
+def named(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """With a name of its own for each block: a second `product` becomes `product_1`."""
+    nests = apart(function)
+    if nests is None:
+        return function
+    seen: dict[str, int] = {}
+    result = []
+    for nest in nests:
+        count = seen[nest.name] = seen.get(nest.name, -1) + 1
+        block = _block(nest.block, name_hint=f"{nest.name}_{count}") if count else nest.block
+        result.append(replace(nest, realize=_realize(nest.realize, block)))
+    return together(function, result, list(function.body.block.alloc_buffers))
+
+
 def together(function: tirx.PrimFunc, nests: list[Nest], buffers: list[Any]) -> tirx.PrimFunc:
     """The function with other nests and other buffers between them."""
     statements = [n.statement() for n in nests]

@@ -8,11 +8,12 @@ reading [m, n] of it. A unit works on whole steps all the same, and a guard with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tvm import s_tir, tirx
-from tvm.ir import Expr
+from tvm.ir import Expr, Range
+from tvm.ir.prim.expr import Mul
 
 from porter.lower.tile.nests import Nest, apart, together
 
@@ -20,39 +21,71 @@ STORE = "y_store"  # the block that takes an unscaled product out of the accumul
 
 
 def padded(function: tirx.PrimFunc, product: str, multiples: Mapping[int, int]) -> tirx.PrimFunc:
-    """`function` with the axes of block `product`, by number, padded to multiples."""
+    """`function` with the axes of block `product`, by number, padded to multiples; that of k counts steps."""
     nests = apart(function)
     assert nests is not None
     main = next(n for n in nests if n.name == product)
-    sizes = {main.block.iter_vars[i].var: _up(main.loops[i].extent, to) for i, to in multiples.items()}
-    if not any(_differs(main.block.iter_vars[i].dom.extent, sizes, main, i) for i in multiples):
-        sizes = {}
-    grown = {}
+    extents = {i: _up(main.loops[i].extent, to) for i, to in multiples.items()}
+    sizes = {main.block.iter_vars[i].var: extent for i, extent in extents.items()}
+    wider = {}
     for region in (*main.block.reads, *main.block.writes):
-        found = {d: sizes[r.min] for d, r in enumerate(region.region) if r.min in sizes}
-        if found and region.source not in grown:
-            grown[region.source] = _wider(region.source, found), found
-    names = {old: new for old, (new, _) in grown.items()}
+        found = {d: size for d, r in enumerate(region.region) if (size := _covered(r, sizes)) is not None}
+        wider[region.source] = _wider(region.source, found), found
+    names = {old: new for old, (new, _) in wider.items()}
     result = []
     for nest in nests:
         changed = nest.mapped(names)
-        if nest is main:
-            extents = {i: sizes[main.block.iter_vars[i].var] for i in multiples if sizes}
-            changed = changed.resized(extents)
-        else:
-            changed = _producer(nest, changed, grown)
-        result.append(changed)
+        result.append(changed.resized(extents) if nest is main else _producer(nest, changed, wider))
     out = main.block.writes[0].source
     own = list(function.body.block.alloc_buffers)
-    if out in grown and out not in own:
-        result.append(_store(main, grown[out][0], out))
+    if out not in own:
+        result.append(_store(wider[out][0], out))
     kept = [names.get(b, b) for b in own]
     kept += [new for old, new in names.items() if old not in own]
     return together(function, result, kept)
 
 
-def _differs(extent: Expr, sizes: Mapping[Any, Expr], main: Nest, i: int) -> bool:
-    return not (isinstance(extent, tirx.IntImm) and int(extent) == sizes[main.block.iter_vars[i].var])
+def grown(
+    function: tirx.PrimFunc, names: Collection[str], multiples: Mapping[int, int], outside: float | None = None
+) -> tirx.PrimFunc:
+    """`function` with the blocks `names`, which read one another, on axes padded to multiples.
+
+    The first of them gives `outside` outside of the tensor; None: what it reads is padded, and it computes
+    there too.
+    """
+    nests = apart(function)
+    assert nests is not None
+    first = next(n for n in nests if n.name in names)
+    extents = {i: _up(first.loops[i].extent, to) for i, to in multiples.items()}
+    wider = {}
+    for nest in nests:
+        if nest.name in names:
+            buffer = nest.block.writes[0].source
+            wider[buffer] = _wider(buffer, {d: e for d, e in extents.items() if d < len(buffer.shape)})
+    result = []
+    for nest in nests:
+        changed = nest.mapped(wider)
+        if nest is first and outside is not None:
+            store = changed.block.body
+            axes = [axis.var for axis in nest.block.iter_vars]
+            inside = tirx.all(*[axes[i] < nest.loops[i].extent for i in extents])
+            value = tirx.if_then_else(inside, store.value, tirx.const(outside, "float32"))
+            changed = changed.with_body(tirx.BufferStore(store.buffer, value, store.indices))
+        result.append(changed.resized(extents) if nest.name in names else changed)
+    own = list(function.body.block.alloc_buffers)
+    results = {old: new for old, new in wider.items() if old not in own}
+    result += [_store(new, old) for old, new in results.items()]
+    return together(function, result, [*(wider.get(b, b) for b in own), *results.values()])
+
+
+def _covered(place: Range, sizes: Mapping[Any, Expr]) -> Expr | None:
+    """How large a dimension becomes that a product goes through at `place`; None: as large as it was."""
+    start = place.min
+    if start in sizes:
+        return sizes[start]
+    if isinstance(start, Mul) and start.a in sizes:
+        return sizes[start.a] * start.b
+    return None
 
 
 def _up(extent: Expr, multiple: int) -> Expr:
@@ -78,12 +111,14 @@ def _producer(nest: Nest, changed: Nest, grown: Mapping[Any, Any]) -> Nest:
     axes = [axis.var for axis in nest.block.iter_vars]
     numbers = {axes.index(store.indices[d]): d for d in dims}
     inside = [axes[i] < nest.loops[i].extent for i in numbers]
-    value = tirx.if_then_else(tirx.all(*inside), store.value, tirx.const(0, str(new.dtype)))
+    value = store.value
+    if inside:
+        value = tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, str(new.dtype)))
     body = tirx.BufferStore(new, value, store.indices)
     return changed.with_body(body).resized({i: dims[d] for i, d in numbers.items()})
 
 
-def _store(main: Nest, source: Any, out: Any) -> Nest:
+def _store(source: Any, out: Any) -> Nest:
     """A nest that copies what is inside of the tensor to where the product was."""
     variables = [tirx.Var(f"v{d}", "int64") for d in range(len(out.shape))]
     return nest_of(STORE, out.shape, tirx.BufferStore(out, source[tuple(variables)], variables), variables, source, out)
@@ -91,8 +126,6 @@ def _store(main: Nest, source: Any, out: Any) -> Nest:
 
 def nest_of(name: str, extents: Any, body: tirx.Stmt, axes: list[Any], source: Any, out: Any) -> Nest:
     """A nest of spatial loops whose block reads `source` and writes `out` at its own axes."""
-    from tvm.ir import Range
-
     loops = [tirx.Var(f"i{d}", "int64") for d in range(len(axes))]
     at = [Range.from_min_extent(v, 1) for v in axes]
     block = s_tir.SBlock(

@@ -22,7 +22,7 @@ from tvm import tirx
 from porter.lower.tile.chip import Chip, width
 from porter.lower.tile.nests import Nest, apart
 from porter.lower.tile.padding import STORE, padded
-from porter.lower.tile.staging import CLUSTERS, CORES, MATRIX, MNK, SLOTS, Staging
+from porter.lower.tile.staging import CLUSTERS, CORES, FREE, MATRIX, MNK, SLOTS, Staging
 from porter.lower.tile.tiling import Sizes, Tiling, choose
 
 
@@ -146,6 +146,7 @@ class _Schedule:
         t = self.tiling
         # Apart from the step, for TVM loses buffers of a block that is made a unit together with its init.
         self.schedule.decompose_reduction(self.product, loops.k)
+        self.schedule.annotate(self.block("product_init"), FREE, 1)
         block = self.schedule.blockize(loops.unit)
         sums = self.chip.bytes((t.step_rows, t.step_columns), 32)
         slots = 2 if 2 * sums <= self.chip.level(self.chip.matrix.accumulates).size.value else 1

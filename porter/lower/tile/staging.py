@@ -9,7 +9,8 @@ from tvm import s_tir
 
 from porter.lower.tile.chip import Chip
 
-COPY, SLOTS, VECTOR, VECTOR_OPS = "porter.copy", "porter.slots", "porter.vector", "porter.vector_ops"
+COPY, SLOTS, FREE = "porter.copy", "porter.slots", "porter.free"
+VECTOR, VECTOR_OPS = "porter.vector", "porter.vector_ops"
 MATRIX, MNK, CORES, CLUSTERS = "porter.matrix", "porter.mnk", "porter.cores", "porter.clusters"
 
 
@@ -41,15 +42,19 @@ class Staging:
         for copy, loop in reversed(list(zip(copies, at, strict=True))):
             self.schedule.compute_at(copy, loop)
 
-    def write(self, block: Any, at: Sequence[Any], inner: Any, slots: int = 2) -> None:
-        """`block`, put into the loop `inner`, writes the innermost level; copies outwards stand in at[i]."""
-        copies = []
-        for hop in self.chip.path:
-            copy = self.schedule.cache_write(block, 0, hop.scope)
+    def write(self, block: Any, at: Sequence[Any], inner: Any | None = None, slots: int = 2) -> None:
+        """Copy what `block` writes outwards, hop by hop; the copy from hop i stands in the loop at[i].
+
+        With `inner`, the block computes in that loop; else it is itself the innermost copy.
+        """
+        hops = list(self.chip.path)
+        copies = [block] if inner is None else []
+        for hop in hops if inner is not None else hops[:-1]:
+            copies.insert(-1 if inner is None else len(copies), self.schedule.cache_write(block, 0, hop.scope))
+        if inner is not None:
+            self.schedule.reverse_compute_at(block, inner)
+        for copy, hop, loop in reversed(list(zip(copies, hops, at, strict=True))):
             self.annotate(copy, {COPY: hop.dma, SLOTS: slots})
-            copies.append(copy)
-        self.schedule.reverse_compute_at(block, inner)
-        for copy, loop in reversed(list(zip(copies, at, strict=True))):
             self.schedule.reverse_compute_at(copy, loop)
 
     def vector(self, block: Any, slots: int = 0) -> None:
