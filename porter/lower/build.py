@@ -26,8 +26,8 @@ BASELINE = {"x86_64": "x86-64-v3", "AMD64": "x86-64-v3"}
 
 
 def tvm_target(spec: TargetSpec) -> tvm.target.Target:
-    """TVM's target for a host spec."""
-    config = dict(spec.tvm)
+    """TVM's target for the program that runs here: the spec's own if that is a CPU, else this one."""
+    config = dict(spec.tvm) if spec.tvm["kind"] == "llvm" else {"kind": "llvm"}
     mcpu = BASELINE.get(platform.machine())
     if config["kind"] == "llvm" and mcpu:
         config.setdefault("mcpu", mcpu)

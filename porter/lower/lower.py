@@ -12,7 +12,10 @@ from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
 
 # isort: split
 from porter.lower import build, plan, weights
+from porter.lower.blocks.profile import Profile
+from porter.lower.blocks.templates import Chip
 from porter.lower.importer.program import DTYPES, Importer
+from porter.lower.importer.templates import Host, Templates
 from porter.target import TargetSpec
 
 LIBRARIES, WEIGHTS, PLAN = "lib", "lib/weights.bin", "plan.json"
@@ -32,7 +35,7 @@ def lower(
     EnvironmentFailure PORT-0902.
     """
     build.check_linker()
-    imported = Importer(model, bounds).run()
+    imported = Importer(model, bounds, templates(target)).run()
     progress(0.1)
     target_tvm = build.tvm_target(target)
     planned = build.planned(imported.module, target_tvm, imported.sources)
@@ -55,6 +58,11 @@ def lower(
     )
     (folder / PLAN).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
     return made
+
+
+def templates(target: TargetSpec) -> Templates:
+    """The kernels that a target's family has."""
+    return Host() if target.family == "host" else Chip(Profile(target))
 
 
 def _interface(value: ir.Value) -> dict[str, object]:

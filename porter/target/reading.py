@@ -16,7 +16,7 @@ from porter.target.spec import TargetSpec
 
 # What a file that is silent has from host: the kernels are the same templates on every target.
 SHARED = ("pipeline", "weights", "kv")
-LOWERED = ("host",)  # families that porter compiles for
+LOWERED = ("host", "tile", "simt")  # families that porter compiles for
 
 
 def names() -> list[str]:

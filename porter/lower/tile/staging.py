@@ -1,0 +1,68 @@
+"""Staging: inputs copied inwards and results copied outwards, level by level, as annotated copy blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import s_tir
+
+from porter.lower.tile.chip import Chip
+
+COPY, SLOTS, FREE = "porter.copy", "porter.slots", "porter.free"
+VECTOR, VECTOR_OPS = "porter.vector", "porter.vector_ops"
+MATRIX, MNK, CORES, CLUSTERS = "porter.matrix", "porter.mnk", "porter.cores", "porter.clusters"
+
+
+class Staging:
+    """A schedule of one kernel on one chip, with what all kinds of kernels need."""
+
+    def __init__(self, function: Any, chip: Chip) -> None:
+        self.schedule = s_tir.Schedule(function, error_render_level="none")
+        self.chip = chip
+        parameters = self.schedule.mod["main"].params if "main" in self.names() else function.params
+        self.arguments = {p.name for p in parameters}
+
+    def names(self) -> list[str]:
+        """Of the functions in the schedule's module."""
+        return [g.name_hint for g in self.schedule.mod.functions]
+
+    def inputs(self, block: Any) -> list[int]:
+        """The numbers of the buffers that a block reads in the outermost memory."""
+        reads = self.schedule.get(block).reads
+        return [i for i, r in enumerate(reads) if r.source.scope() in ("", "global")]
+
+    def read(self, block: Any, number: int, at: Sequence[Any], slots: int = 2) -> None:
+        """Copy what `block` reads inwards, hop by hop; copy i stands in the loop at[i]."""
+        copies = []
+        for hop in self.chip.path:
+            copy = self.schedule.cache_read(block, number, hop.scope)
+            self.annotate(copy, {COPY: hop.dma, SLOTS: slots})
+            copies.append(copy)
+        for copy, loop in reversed(list(zip(copies, at, strict=True))):
+            self.schedule.compute_at(copy, loop)
+
+    def write(self, block: Any, at: Sequence[Any], inner: Any | None = None, slots: int = 2) -> None:
+        """Copy what `block` writes outwards, hop by hop; the copy from hop i stands in the loop at[i].
+
+        With `inner`, the block computes in that loop; else it is itself the innermost copy.
+        """
+        hops = list(self.chip.path)
+        copies = [block] if inner is None else []
+        for hop in hops if inner is not None else hops[:-1]:
+            copies.insert(-1 if inner is None else len(copies), self.schedule.cache_write(block, 0, hop.scope))
+        if inner is not None:
+            self.schedule.reverse_compute_at(block, inner)
+        for copy, hop, loop in reversed(list(zip(copies, hops, at, strict=True))):
+            self.annotate(copy, {COPY: hop.dma, SLOTS: slots})
+            self.schedule.reverse_compute_at(copy, loop)
+
+    def vector(self, block: Any, slots: int = 0) -> None:
+        """Mark the block as work of the vector unit: an operation an element for each buffer that it reads."""
+        found = {VECTOR: 1, VECTOR_OPS: max(1, len(self.schedule.get(block).reads))}
+        self.annotate(block, found | ({SLOTS: slots} if slots else {}))
+
+    def annotate(self, target: Any, entries: dict[str, Any]) -> None:
+        """Put several annotations on a block or a loop."""
+        for key, value in entries.items():
+            self.schedule.annotate(target, key, value)
