@@ -106,7 +106,7 @@ def _matrix(
     operands = [a for a in accesses if not a.writes and a.buffer not in writes]
     given = tuple(int(size) for size in annotations.get("porter.mnk", ()))
     kind = str(annotations["porter.matrix"])
-    if output is not None and len(operands) == 2:
+    if not given and output is not None and len(operands) == 2:
         c, a, b = (domain.inside(access.index) for access in (output, *operands))
         batch = a & b & c
         m, n, k = (domain.along(names) for names in ((a & c) - batch, (b & c) - batch, (a & b) - batch))

@@ -236,14 +236,14 @@ def _annotated(annotations: Mapping[str, Any]) -> bool:
 
 
 def _is_leaf(block: Any) -> bool:
-    """Whether no loop or block stands in it."""
-    return not _holds_loops(block.body)
+    """Whether no block stands in it; loops that do are a part of what it does with one element."""
+    return not _holds_blocks(block.body)
 
 
-def _holds_loops(node: Any) -> bool:
+def _holds_blocks(node: Any) -> bool:
     kind = type(node).__name__
     if kind == "SeqStmt":
-        return any(map(_holds_loops, node.seq))
+        return any(map(_holds_blocks, node.seq))
     if kind == "IfThenElse":
-        return any(_holds_loops(case) for case in (node.then_case, node.else_case) if case is not None)
-    return kind in ("For", "SBlockRealize")
+        return any(_holds_blocks(case) for case in (node.then_case, node.else_case) if case is not None)
+    return kind == "SBlockRealize" or (kind == "For" and _holds_blocks(node.body))
