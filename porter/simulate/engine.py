@@ -13,6 +13,9 @@ smaller steps did not attain it in the second period (they fell behind in it), s
 did, and it will keep up; the others do not catch up. Iterations are run one by one until a period is found,
 so that the result is exact in any case.
 
+Places that a loop does not read, but raises, do not count: since no time moves backwards, the last period
+decides what becomes of them, and it is run.
+
 Times are whole numbers of ticks.
 """
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 PERIODS = 12
 """The longest period looked for. Slots of 1 to 4 make periods that divide it."""
@@ -52,13 +56,37 @@ class Renewal:
     slots: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Round:
     """`body`, `count` times, each after `renewals`."""
 
     count: int
     body: tuple[Round | Action, ...]
     renewals: tuple[Renewal, ...]
+
+    @cached_property
+    def live(self) -> tuple[int, ...]:
+        """The places that it reads. The others it only raises, in the end to times of the last period."""
+        found: set[int] = set()
+        for renewal in self.renewals:
+            found.update(range(renewal.oldest, renewal.oldest + renewal.slots + 2))
+        for step in self.body:
+            if isinstance(step, Round):
+                found.update(step.live)
+            else:
+                found.update((step.queue, *step.waits, *([step.also] if step.also >= 0 else [])))
+        return tuple(sorted(found))
+
+    @cached_property
+    def sources(self) -> dict[int, tuple[int, ...]]:
+        """Of each live place those that it may depend on after any number of iterations."""
+        masks = {place: 1 << place for place in self.live}
+        while True:
+            before = list(masks.values())
+            _spread(masks, self)
+            if before == list(masks.values()):
+                break
+        return {place: tuple(o for o in self.live if masks[place] >> o & 1) for place in self.live}
 
 
 Watch = Callable[[Action, int], None]  # told of each operation and its beginning
@@ -99,68 +127,55 @@ def _once(state: list[int], step: Round, watch: Watch | None) -> None:
 
 
 def _repeat(state: list[int], step: Round) -> None:
-    past = [tuple(state)]
+    past = [[state[place] for place in step.live]]
     left = step.count
     while left:
         _once(state, step, None)
         left -= 1
-        past.append(tuple(state))
+        past.append([state[place] for place in step.live])
         period = _period(past, step)
-        if period and left >= period:
-            times, left = divmod(left, period)
-            before = past[-1 - period]
-            state[:] = [now + times * (now - then) for now, then in zip(state, before, strict=True)]
-            for _ in range(left):
+        if period and left >= 2 * period:
+            times = left // period - 1  # the last period raises all times to where they end
+            for place, now, before in zip(step.live, past[-1], past[-1 - period], strict=True):
+                state[place] = now + times * (now - before)
+            for _ in range(left - times * period):
                 _once(state, step, None)
             return
         if len(past) > 2 * PERIODS + 1:
             del past[0]
 
 
-def _period(past: list[tuple[int, ...]], step: Round) -> int:
+def _period(past: list[list[int]], step: Round) -> int:
     """The number of iterations after which all repeats, 0 where that is not certain."""
     now = past[-1]
     for period in range(1, min(PERIODS, (len(past) - 1) // 2) + 1):
         middle, first = past[-1 - period], past[-1 - 2 * period]
         if all(a - b == b - c for a, b, c in zip(now, middle, first, strict=True)):
-            moved = [a - b for a, b in zip(now, middle, strict=True)]
-            if _keeps(moved, step):
+            moved = {place: a - b for place, a, b in zip(step.live, now, middle, strict=True)}
+            if min(moved.values()) >= 0 and _keeps(moved, step):
                 return period
     return 0
 
 
-def _keeps(moved: list[int], step: Round) -> bool:
+def _keeps(moved: dict[int, int], step: Round) -> bool:
     """Whether no time depends on one that moves further."""
-    for rate, sources in zip(moved, influences(step, len(moved)), strict=True):
-        if any(other > rate and sources >> place & 1 for place, other in enumerate(moved)):
-            return False
-    return True
+    return all(moved[other] <= rate for place, rate in moved.items() for other in step.sources[place])
 
 
-def influences(step: Round, places: int) -> list[int]:
-    """Of each place of the state, a mask of those that it may depend on after any number of iterations."""
-    masks = [1 << place for place in range(places)]
-    while True:
-        after = list(masks)
-        _spread(after, step)
-        merged = [old | new for old, new in zip(masks, after, strict=True)]
-        if merged == masks:
-            return masks
-        masks = merged
-
-
-def _spread(masks: list[int], step: Round | Action) -> None:
+def _spread(masks: dict[int, int], step: Round | Action) -> None:
+    """Add to the masks what one iteration makes of them; places that are not in `masks` are not read."""
     if isinstance(step, Action):
         mask = masks[step.queue]
         for place in step.waits:
             mask |= masks[place]
         masks[step.queue] = mask
         for place in step.marks:
-            masks[place] |= mask
+            if place in masks:
+                masks[place] |= mask
         return
     for renewal in step.renewals:
-        for place in range(renewal.oldest, renewal.oldest + renewal.slots):
-            masks[place] |= masks[place + 1] if place + 1 < renewal.oldest + renewal.slots else 0
-        masks[renewal.oldest + renewal.slots - 1] |= masks[renewal.oldest + renewal.slots + 1]
+        written = renewal.oldest + renewal.slots
+        for place in range(renewal.oldest, written):
+            masks[place] |= masks[place + 1 if place + 1 < written else written + 1]
     for inner in step.body:
         _spread(masks, inner)

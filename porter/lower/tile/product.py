@@ -32,9 +32,7 @@ def schedule(function: tirx.PrimFunc, form: str, chip: Chip) -> tirx.PrimFunc:
     sizes = _sizes(nests, form)
     tiling = choose(sizes, chip)
     lead = len(nests["product"].loops) - 3
-    whole = padded(
-        function, "product", {lead: tiling.row_multiple, lead + 1: tiling.column_multiple}
-    )
+    whole = padded(function, "product", {lead: tiling.row_multiple, lead + 1: tiling.column_multiple})
     return _Schedule(Staging(whole, chip), tiling, form).run()
 
 

@@ -50,7 +50,9 @@ class Staging:
         hops = list(self.chip.path)
         copies = [block] if inner is None else []
         for hop in hops if inner is not None else hops[:-1]:
-            copies.insert(-1 if inner is None else len(copies), self.schedule.cache_write(block, 0, hop.scope))
+            copies.insert(
+                -1 if inner is None else len(copies), self.schedule.cache_write(block, 0, hop.scope)
+            )
         if inner is not None:
             self.schedule.reverse_compute_at(block, inner)
         for copy, hop, loop in reversed(list(zip(copies, hops, at, strict=True))):

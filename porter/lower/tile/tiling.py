@@ -70,8 +70,10 @@ def choose(sizes: Sizes, chip: Chip) -> Tiling:
     overflows.
     """
     found = list(_fitting(sizes, chip))
-    return min(found, key=lambda t: (_seconds(t, sizes, chip), -t.rows * t.columns)) if found else _least(
-        sizes, chip
+    return (
+        min(found, key=lambda t: (_seconds(t, sizes, chip), -t.rows * t.columns))
+        if found
+        else _least(sizes, chip)
     )
 
 
@@ -96,7 +98,9 @@ def _fitting(sizes: Sizes, chip: Chip) -> Iterator[Tiling]:
             continue
         for core_rows in sharing:
             tiling = _dealt(sizes, chip, step, (rows, columns), (r, c), chunk, core_rows)
-            if tiling.core_rows * tiling.rows < 2 * max(_known(sizes), r) and _fits_cluster(tiling, sizes, chip):
+            if tiling.core_rows * tiling.rows < 2 * max(_known(sizes), r) and _fits_cluster(
+                tiling, sizes, chip
+            ):
                 yield tiling
 
 
@@ -128,14 +132,10 @@ def _dealt(
     across = -(-sizes.columns // (core_columns * tile[1]))
     pieces = -(-across // max(1, min(across, takers // down)))
     groups = -(-across // pieces)
-    return Tiling(
-        step, *steps, *tile, chunk, sizes.steps, core_rows, core_columns, groups, pieces
-    )
+    return Tiling(step, *steps, *tile, chunk, sizes.steps, core_rows, core_columns, groups, pieces)
 
 
-def _fits_core(
-    rows: int, columns: int, chunk: int, step: tuple[int, int], sizes: Sizes, chip: Chip
-) -> bool:
+def _fits_core(rows: int, columns: int, chunk: int, step: tuple[int, int], sizes: Sizes, chip: Chip) -> bool:
     """Raw and decoded operands and results, two slots of each; but one of sums if two do not fit."""
     wide, k = bits(sizes.form), chip.step(sizes.form).k
     part = chunk / sizes.steps
