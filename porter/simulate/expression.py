@@ -107,9 +107,9 @@ def bounds(expression: Expression, ranges: Ranges) -> tuple[int, int]:
     if kind in ("count", "together"):
         try:
             return (found := exact(expression, ranges)), found
-        except Varies:  # a box of nothing has one point
-            sizes = (pair[kind == "together"] for pair in parts[0])
-            return 0, math.prod(max(0, bounds(size, ranges)[1]) for size in sizes)
+        except Varies:
+            sizes = (pair[kind == "count"] for pair in parts[0])
+            return 0, math.prod(max(1, bounds(size, ranges)[1]) for size in sizes)
     return _combined(kind, [bounds(part, ranges) for part in parts])
 
 

@@ -179,3 +179,39 @@ def test_a_long_pipeline_is_equal(slots: int, spec: TargetSpec) -> None:
 def test_two_slots_are_faster_than_one(spec: TargetSpec) -> None:
     one, two = (simulate(_pipeline(40, slots), spec).seconds for slots in (1, 2))
     assert two < one
+
+
+def _loads(count: int) -> Program:
+    """Two streams of different rates that meet after a loop: loads nobody waits for, and vector work."""
+    buffers = (Buffer("x", "hbm", 0), Buffer("y", "hbm", 0), Buffer("a", "sram", 2), Buffer("b", "sram", 1))
+    body = (
+        Copy("load", "hbm", "x", "a", 100, 100, 8),
+        Vector("work", 3, 1, ("b",), ("b",)),
+    )
+    after = Copy("store", "hbm", "b", "y", 100, 100, 8), Vector("both", 9, 1, ("a", "b"), ("b",))
+    return Program("streams", buffers, (Loop("i", count, body), *after))
+
+
+MAKERS = (_loads, lambda count: _pipeline(count, 2), lambda count: _pipeline(count, 3))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("spec", CHIPS, ids=range(len(CHIPS)))
+def test_a_million_iterations_take_what_a_hundred_promise(
+    make: Callable[[int], Program], spec: TargetSpec
+) -> None:
+    """The other simulator says what 36 more iterations cost once all has settled."""
+    many, few, step = 1_200_000, 120, 36
+    near, far = (stepped.simulate(make(count), spec).seconds for count in (few, few + step))
+    expected = near + (far - near) * ((many - few) // step)
+    assert simulate(make(many), spec).seconds == expected
+
+
+def test_a_slow_stream_is_overtaken() -> None:
+    """A time that stands still while another grows towards it is no period: the vector unit catches up."""
+    buffers = (Buffer("x", "hbm", 0), Buffer("a", "sram", 1), Buffer("b", "sram", 1))
+    late = Copy("late", "hbm", "x", "a", 1000, 1000, 8)
+    work, join = Vector("work", 1, 1, ("b",), ("b",)), Vector("join", 1, 1, ("a", "b"), ("a",))
+    for count in (1, 7, 50, 400):
+        loop = Loop("i", count, (work, Matrix("product", "bf16", 1, 1, 1, ("a",), ("a",))))
+        check(Program("late", buffers, (late, loop, join)), chip())
