@@ -26,7 +26,7 @@ from porter.lower.tile.chip import Chip, Step
 from porter.lower.tile.nests import apart, named
 from porter.lower.tile.padding import STORE, grown, padded
 from porter.lower.tile.staging import CLUSTERS, CORES, FREE, MATRIX, MNK, SLOTS, Staging
-from porter.lower.tile.tiling import UNKNOWN_ROWS
+from porter.lower.tile.tiling import UNKNOWN
 
 SCORES = ("score", "score_max", "weight", "weight_sum")
 
@@ -40,7 +40,7 @@ def schedule(
     """
     function = named(function)
     shape = _Shape.of(function)
-    queries = UNKNOWN_ROWS if shape.queries is None else shape.queries
+    queries = UNKNOWN if shape.queries is None else shape.queries
     queries = min(queries, max(1, chip.step(form).rows // shape.group))
     tries = [(n, shared) for n in halved(queries) for shared in (True, False)[: min(2, chip.clusters)]]
     for queries, shared in tries:
