@@ -110,6 +110,19 @@ def _with_statements(function: tirx.PrimFunc, statements: list[tirx.Stmt]) -> ti
     return function.with_body(s_tir.SBlockRealize([], True, _block(function.body.block, body=body)))
 
 
+def fixed(function: tirx.PrimFunc, sizes: Mapping[str, int]) -> tirx.PrimFunc:
+    """With numbers for symbols of its shapes and its scalar arguments' uses."""
+    if not sizes:
+        return function
+    symbols = {s for p in function.params for d in getattr(p, "shape", ()) for s in _symbols(d)}
+    values = {s: tirx.IntImm("int64", sizes[s.name]) for s in symbols if s.name in sizes}
+    return substituted(function, values)
+
+
+def _symbols(size: Expr) -> list[Any]:
+    return list(tirx.analysis.undefined_vars(size))
+
+
 def named(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """With a name of its own for each block: a second `product` becomes `product_1`."""
     nests = apart(function)

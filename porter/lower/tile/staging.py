@@ -36,7 +36,7 @@ class Staging:
         """Copy what `block` reads inwards, hop by hop; copy i stands in the loop at[i]."""
         copies = []
         for hop in self.chip.path:
-            copy = self.schedule.cache_read(block, number, hop.scope)
+            copy = self.schedule.cache_read(block, number, hop.scope, [block])
             self.annotate(copy, {COPY: hop.dma, SLOTS: slots})
             copies.append(copy)
         for copy, loop in reversed(list(zip(copies, at, strict=True))):
