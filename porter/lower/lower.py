@@ -12,10 +12,11 @@ from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
 
 # isort: split
 from porter.lower import build, plan, weights
+from porter.lower.blocks.placement import placements
 from porter.lower.blocks.profile import Profile
 from porter.lower.blocks.templates import Chip
 from porter.lower.importer.program import DTYPES, Importer
-from porter.lower.importer.templates import Host, Templates
+from porter.lower.importer.templates import Host
 from porter.target import TargetSpec
 
 LIBRARIES, WEIGHTS, PLAN = "lib", "lib/weights.bin", "plan.json"
@@ -35,7 +36,8 @@ def lower(
     EnvironmentFailure PORT-0902.
     """
     build.check_linker()
-    imported = Importer(model, bounds, templates(target)).run()
+    kernels = templates(target)
+    imported = Importer(model, bounds, kernels).run()
     progress(0.1)
     target_tvm = build.tvm_target(target)
     planned = build.planned(imported.module, target_tvm, imported.sources)
@@ -45,6 +47,7 @@ def lower(
         inputs=[_interface(v) for v in inputs],
         outputs=[_interface(v) for v in model.graph.outputs],
         in_place=imported.in_place,
+        placement=placements(kernels.profile, imported.multiplied) if isinstance(kernels, Chip) else [],
     )
     plan.extract(planned.module, made, imported.parameters, planned.nodes)
     progress(0.2)
@@ -60,7 +63,7 @@ def lower(
     return made
 
 
-def templates(target: TargetSpec) -> Templates:
+def templates(target: TargetSpec) -> Host | Chip:
     """The kernels that a target's family has."""
     return Host() if target.family == "host" else Chip(Profile(target))
 

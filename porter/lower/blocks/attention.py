@@ -86,7 +86,8 @@ class _Kernel:
             store(total, total[tuple(at)] + weights[(*at, t)], *at)
         out = self._weighted(rows, weights)
         with block("y_divide", [*rows, spec.value.width]) as (*at, d):
-            found = tirx.Select(total[tuple(at)] > f32(0), out[(*at, d)] / total[tuple(at)], f32(0))
+            seen = tirx.all(self.length > i64(0), total[tuple(at)] > f32(0))
+            found = tirx.Select(seen, out[(*at, d)] / total[tuple(at)], f32(0))
             store(self.at["y"], found, *at, d)
 
     def _scores(self, rows: list[Expr | int]) -> tirx.Buffer:

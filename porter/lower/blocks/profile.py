@@ -9,6 +9,7 @@ from porter.lower.blocks.operand import MANTISSA, Operand, codec_of
 from porter.lower.blocks.unit import Unit
 from porter.lower.kernels.codecs import CODECS
 from porter.target import Placement, TargetSpec, placement
+from porter.target.placing import base, known
 
 VECTOR_STEP = 32  # products that lanes of a vector unit sum before they are added to the total
 
@@ -24,7 +25,7 @@ class Profile:
 
         Raises TargetError PORT-0430 when the target says nothing of them.
         """
-        found = placement(self.spec, weights, activations)
+        found = placement(self.spec, weights, activations) if base(weights) in known() else None
         if found is None:
             what = f"{self.spec.name} has no place for products with {weights}"
             what += f" and activations in {activations}" if activations else ""
@@ -39,7 +40,9 @@ class Profile:
         right = self._operand(place.format, weights)
         left = right
         if right.coded and codec_of(activations) != codec_of(right.form):
-            left = self._operand(activations or "bf16", weights)  # of two native formats that mix
+            if place.how != "native":
+                raise self._refused(f"{place.format} with activations that are not", weights)
+            left = self._operand(activations or "bf16", weights)  # two native formats that mix
         step, accumulator = VECTOR_STEP, "fp32"
         if place.unit == "matrix":
             assert self.spec.matrix is not None
@@ -54,6 +57,9 @@ class Profile:
         rules = self.spec.numerics
         assert rules is not None
         if form not in MANTISSA and codec_of(form) not in CODECS:
-            what = f"kernels multiply no operands in {form}, where {self.spec.name} places {weights}"
-            raise TargetError("PORT-0431", what, hint="convert the weights to another format")
+            raise self._refused(form, weights)
         return Operand(form, bool(rules.saturates.value), str(rules.subnormals.value) == "flush")
+
+    def _refused(self, form: str, weights: str) -> TargetError:
+        what = f"kernels multiply no operands in {form}, where {self.spec.name} places {weights}"
+        return TargetError("PORT-0431", what, hint="choose other weights or activations")

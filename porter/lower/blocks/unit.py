@@ -42,8 +42,11 @@ class Unit:
         return "_".join(names)
 
     def steps(self, k: Expr | int) -> Expr | int:
-        """How many steps a sum of k products takes."""
-        return -(-k // self.step) if isinstance(k, int) else (k + i64(self.step - 1)) // i64(self.step)
+        """How many steps a sum of k products takes; one, of zeros, where there may be none: a block that
+        never runs leaves its sum as it finds it."""
+        if isinstance(k, int):
+            return -(-k // self.step)
+        return tirx.max((k + i64(self.step - 1)) // i64(self.step), i64(1))
 
     def padded(self, k: Expr | int) -> Expr | int:
         """k up to whole steps."""

@@ -65,8 +65,8 @@ def _attention(
     if mask is not None:
         tensor, spec = masking(imp, mask, spec, [batch, heads, steps, k_dims[2]])
         args.append(tensor)
-    imp.multiplied[imp.current, "keys"] = Multiplied("cache", format_of(keys.label))
-    imp.multiplied[imp.current, "values"] = Multiplied("cache", format_of(values.label))
+    for name, side, read in (("keys", key, keys), ("values", value, values)):
+        imp.multiplied[imp.current, name] = Multiplied("cache", _stored_as(side, read))
     kernel = imp.kernel(("attention", spec), lambda: imp.templates.attention(spec))
     y = imp.call(kernel, args, [batch, heads, steps, values.width], "float32")
     y = joined_halves(imp, y) if isinstance(values, Residual) else y
@@ -116,6 +116,13 @@ def _reading(
     narrow = _narrow(imp, tensor)
     codec = {"float16": "fp16", "bfloat16": "bf16"}.get(str(narrow.ty.dtype), "fp32")
     return kernels.Cache(codec, imp.shape(tensor)[3]), [narrow], imp.shape(tensor)
+
+
+def _stored_as(value: Value, read: Source) -> str:
+    """The format of a cache, also of one that was widened before attention reads it."""
+    if isinstance(value, StoredCache):
+        return format_of(value.spec.label)
+    return format_of(value.codec if isinstance(value, Quantized) else read.label)
 
 
 def _narrow(imp: Importer, tensor: relax.Expr) -> relax.Expr:

@@ -40,5 +40,6 @@ def format_name(layout: Layout) -> str:
 @functools.cache
 def _blocks() -> dict[str, formats.Format]:
     """The formats whose scales are not float32."""
-    named = {name: formats.parse(name) for name in formats.names()}
-    return {name: form for name, form in named.items() if form.scale not in ("", "fp32")}
+    scaled = ("int", "uint", "fp8-")  # with a float32 scale for what a suffix says
+    names = [name for name in formats.names() if not name.startswith(scaled) and name not in WIDE]
+    return {name: formats.parse(name) for name in names}

@@ -15,7 +15,7 @@ comes in pieces; one row of scores is not, and is refused where it does not fit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
@@ -26,7 +26,7 @@ from porter.lower.tile.chip import Chip, Step
 from porter.lower.tile.nests import apart, named
 from porter.lower.tile.padding import STORE, grown, padded
 from porter.lower.tile.staging import CLUSTERS, CORES, FREE, MATRIX, MNK, SLOTS, Staging
-from porter.lower.tile.tiling import UNKNOWN_ROWS
+from porter.lower.tile.tiling import UNKNOWN
 
 SCORES = ("score", "score_max", "weight", "weight_sum")
 
@@ -40,19 +40,25 @@ def schedule(
     """
     function = named(function)
     shape = _Shape.of(function)
-    queries = UNKNOWN_ROWS if shape.queries is None else shape.queries
+    queries = UNKNOWN if shape.queries is None else shape.queries
     queries = min(queries, max(1, chip.step(form).rows // shape.group))
-    while True:
-        cut = _Cut.of(shape, queries, chip, form)
+    tries = [(n, shared) for n in halved(queries) for shared in (True, False)[: min(2, chip.clusters)]]
+    for queries, shared in tries:
+        cut = replace(_Cut.of(shape, queries, chip, form), shared=shared)
         result = _Schedule(Staging(_whole(function, cut), chip), cut, form).run()
         try:
             check(result, name, chip, bounds)
         except TargetError:
-            if queries == 1:
+            if (queries, shared) == tries[-1]:
                 raise
-            queries = -(-queries // 2)
         else:
-            return result
+            break
+    return result
+
+
+def halved(number: int) -> list[int]:
+    """The number, half of it, and so on to 1."""
+    return [number, *halved(-(-number // 2))] if number > 1 else [1]
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class _Cut:
     piece: int
     columns: int
     shape: _Shape
+    shared: bool = True  # whether a cluster holds all of the cache of a head
 
     @classmethod
     def of(cls, shape: _Shape, queries: int, chip: Chip, form: str) -> _Cut:
@@ -136,18 +143,18 @@ class _Schedule:
         if clustered:
             core_group, group = schedule.split(group, [cut.group, 1])
             schedule.reorder(b, heads, so, core_group, sc, do, group, si, di)
-            outer = schedule.fuse(b, heads, so)
+            self.cache = schedule.fuse(b, heads)
             core = schedule.fuse(core_group, sc)
-            schedule.annotate(outer, CLUSTERS, 1)
+            schedule.annotate(self.cache, CLUSTERS, 1)
         else:
             schedule.reorder(b, heads, so, sc, do, group, si, di)
-            outer = core = schedule.fuse(b, heads, so, sc)
+            self.cache = so = core = schedule.fuse(b, heads, so, sc)
         schedule.annotate(core, CORES, 1)
         self.rows = cut.queries if clustered else cut.queries * cut.group
-        places = [outer] * (len(chip.path) - 1) + [core]
+        places = [so] * (len(chip.path) - 1) + [core]
         schedule.set_scope(divide, 0, chip.path[-1].scope)
         self.staging.vector(divide, 2)
-        self.staging.write(self.block(STORE), [*places[:-1], do])
+        self.staging.store(self.block(STORE), [*places[:-1], do])
         return places, do
 
     def _values(self, places: list[Any], columns: Any) -> None:
@@ -159,7 +166,7 @@ class _Schedule:
         *rest, k = self._below(product, columns)
         to, tk = schedule.split(k, [None, cut.piece // cut.step.k])
         schedule.reorder(to, tk, *rest)
-        self._operand(self.block("v_cast"), to, [*places[:-1], to])
+        self._operand(self.block("v_cast"), to, self._pieces(to))
         schedule.decompose_reduction(product, to)
         self._unit(rest[0], cut.columns)
         schedule.annotate(self.block("product_1_init"), FREE, 1)
@@ -186,13 +193,18 @@ class _Schedule:
         loops = self._below(product, tm)
         schedule.reorder(loops[-1], *loops[:-1])
         self._operand(self.block("q_cast"), places[-1], places)
-        self._operand(self.block("k_cast"), to, [*places[:-1], to])
+        self._operand(self.block("k_cast"), to, self._pieces(to))
         for number in self.staging.inputs(score):
             self.staging.read(score, number, [*places[:-1], to])
         self.staging.vector(score)
         schedule.decompose_reduction(product, loops[-1])
         self._unit(loops[0], cut.tokens)
         schedule.annotate(self.block("product_init"), FREE, 1)
+
+    def _pieces(self, loop: Any) -> list[Any]:
+        """The loops of the cache's copies: all of a head's for a cluster's cores, where that fits."""
+        between = self.cache if self.cut.shared else loop
+        return [between] * (len(self.chip.path) - 1) + [loop]
 
     def _below(self, block: Any, loop: Any) -> list[Any]:
         """The loops of a block within `loop`."""

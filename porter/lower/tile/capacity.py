@@ -15,7 +15,7 @@ from tvm.ir.expr import TensorLoad
 from porter.errors import TargetError
 from porter.lower.tile.chip import SCOPE, Chip, bits, width
 from porter.lower.tile.nests import substituted
-from porter.lower.tile.staging import MATRIX, SLOTS
+from porter.lower.tile.staging import CORES, MATRIX, SLOTS
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def held(function: tirx.PrimFunc, chip: Chip, bounds: Mapping[str, int]) -> list
 
     Of a buffer there is as much as one iteration of the loops around its allocation touches; sizes known
     only at run time count with their `bounds`. Operands count with the bits of the format they are
-    multiplied in.
+    multiplied in. What each core has for itself of a memory that a cluster shares counts for all of them.
     """
     module = tvm.IRModule({"main": function})
     for step in (
@@ -74,6 +74,7 @@ class _Walk:
         self.slots: dict[Any, int] = {}
         self.formats: dict[Any, str] = {}
         self.symbols: set[Any] = set()
+        self.private: set[Any] = set()  # of one core each
         self.analyzer = tvm.sym.Analyzer()
 
     def visit(self, node: Any, loops: list[tirx.For]) -> None:
@@ -99,6 +100,8 @@ class _Walk:
     def _block(self, block: s_tir.SBlock, loops: list[tirx.For]) -> None:
         for buffer in block.alloc_buffers:
             self.found.setdefault(buffer, len(loops))
+            if any(CORES in loop.annotations for loop in loops):
+                self.private.add(buffer)
         if SLOTS in block.annotations:
             for region in block.writes:
                 slots = int(block.annotations[SLOTS])
@@ -128,8 +131,10 @@ class _Walk:
         shape = tuple(self._extent(buffer, d) for d in range(len(buffer.shape)))
         slots = self.slots.get(buffer, 1)
         wide = bits(self.formats[buffer]) if buffer in self.formats else width(str(buffer.dtype))
-        total = slots * self.chip.bytes(shape, wide)
-        return Held(buffer.name, buffer.scope().removeprefix(SCOPE), shape, slots, total)
+        level = buffer.scope().removeprefix(SCOPE)
+        shared = self.chip.level(level).scope == "cluster" and buffer in self.private
+        total = slots * self.chip.bytes(shape, wide) * (self.chip.cores if shared else 1)
+        return Held(buffer.name, level, shape, slots, total)
 
     def _extent(self, buffer: Any, dim: int) -> int:
         """How many places of a dimension are touched between allocation and release; all of them where the

@@ -9,6 +9,7 @@ from typing import Any
 import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.ir import Expr, Range
+from tvm.ir.prim.expr import Min
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ class Nest:
     def mapped(self, variables: Mapping[Any, Any]) -> Nest:
         """With some variables (buffers are variables too) in place of others."""
         block = substituted(self.block, variables)
+        return replace(self, realize=_realize(self.realize, block))
+
+    def unclamped(self) -> Nest:
+        """With `v` for `min(v, size - 1)` where v is an axis: for blocks that read within a guard anyway.
+
+        TVM finds regions with a clamp in them harder than they are.
+        """
+        axes = [axis.var for axis in self.block.iter_vars]
+        block = tvm_ffi.structural_map(self.block, (Min, lambda e: e.a if e.a in axes else e))
         return replace(self, realize=_realize(self.realize, block))
 
     def with_body(self, body: tirx.Stmt) -> Nest:
@@ -98,6 +108,19 @@ def _has_block(statement: tirx.Stmt) -> bool:
 def _with_statements(function: tirx.PrimFunc, statements: list[tirx.Stmt]) -> tirx.PrimFunc:
     body = statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
     return function.with_body(s_tir.SBlockRealize([], True, _block(function.body.block, body=body)))
+
+
+def fixed(function: tirx.PrimFunc, sizes: Mapping[str, int]) -> tirx.PrimFunc:
+    """With numbers for symbols of its shapes and its scalar arguments' uses."""
+    if not sizes:
+        return function
+    symbols = {s for p in function.params for d in getattr(p, "shape", ()) for s in _symbols(d)}
+    values = {s: tirx.IntImm("int64", sizes[s.name]) for s in symbols if s.name in sizes}
+    return substituted(function, values)
+
+
+def _symbols(size: Expr) -> list[Any]:
+    return list(tirx.analysis.undefined_vars(size))
 
 
 def named(function: tirx.PrimFunc) -> tirx.PrimFunc:

@@ -109,6 +109,7 @@ def _producer(nest: Nest, changed: Nest, grown: Mapping[Any, Any]) -> Nest:
     if written not in grown:
         return changed
     new, dims = grown[written]
+    changed = changed.unclamped()
     store = changed.block.body
     assert isinstance(store, tirx.BufferStore), nest.name
     axes = [axis.var for axis in nest.block.iter_vars]

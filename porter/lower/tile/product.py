@@ -28,25 +28,30 @@ from porter.lower.tile.tiling import Sizes, Tiling, choose
 
 def schedule(function: tirx.PrimFunc, form: str, chip: Chip) -> tirx.PrimFunc:
     """A product kernel of `porter.lower.blocks.product`, multiplied in the unit's format `form`, scheduled."""
-    nests = {n.name: n for n in apart(function) or []}
-    sizes = _sizes(nests, form)
+    nests = apart(function)
+    assert nests is not None
+    main = next(n for n in nests if n.name == "product")
+    writers = {n.block.writes[0].source: n for n in nests}
+    operands = [writers[r.source] for r in main.block.reads]
+    sizes = _sizes(main, operands, form)
     tiling = choose(sizes, chip)
+<<<<<<< HEAD
     lead = len(nests["product"].loops) - 3
     whole = padded(function, "product", {lead: tiling.row_multiple, lead + 1: tiling.column_multiple})
     return _Schedule(Staging(whole, chip), tiling, form).run()
+=======
+    lead = len(main.loops) - 3
+    whole = padded(function, "product", {lead: tiling.row_multiple, lead + 1: tiling.column_multiple})
+    return _Schedule(Staging(whole, chip), tiling, form, [n.name for n in operands]).run()
+>>>>>>> t5-tile
 
 
-def _sizes(nests: dict[str, Nest], form: str) -> Sizes:
-    *_, rows, columns, steps = (loop.extent for loop in nests["product"].loops)
-    known = int(rows) if isinstance(rows, tirx.IntImm) else None
-    return Sizes(
-        known,
-        int(columns),
-        int(steps),
-        form,
-        _row_bytes(nests["x_cast"], known or 1),
-        _row_bytes(nests["w_decode"], int(columns)),
+def _sizes(main: Nest, operands: list[Nest], form: str) -> Sizes:
+    *_, rows, columns, steps = (
+        int(loop.extent) if isinstance(loop.extent, tirx.IntImm) else None for loop in main.loops
     )
+    x, w = operands
+    return Sizes(rows, columns, steps, form, _row_bytes(x, rows or 1), _row_bytes(w, columns or 1))
 
 
 def _row_bytes(nest: Nest, rows: int) -> int:
@@ -72,8 +77,8 @@ class _Loops:
 
 
 class _Schedule:
-    def __init__(self, staging: Staging, tiling: Tiling, form: str) -> None:
-        self.staging, self.tiling, self.form = staging, tiling, form
+    def __init__(self, staging: Staging, tiling: Tiling, form: str, operands: list[str]) -> None:
+        self.staging, self.tiling, self.form, self.operands = staging, tiling, form, operands
         self.schedule, self.chip = staging.schedule, staging.chip
         self.product = self.schedule.get_sblock("product", self.staging.names()[0])
 
@@ -84,10 +89,8 @@ class _Schedule:
         loops = self._tiled()
         schedule, staging = self.schedule, self.staging
         schedule.set_scope(self.product, 0, self.chip.accumulators)
-        for name, outer, inner in (
-            ("x_cast", loops.outer_x, loops.inner_x),
-            ("w_decode", loops.outer_w, loops.inner_w),
-        ):
+        x, w = self.operands
+        for name, outer, inner in ((x, loops.outer_x, loops.inner_x), (w, loops.outer_w, loops.inner_w)):
             block = self.block(name)
             schedule.set_scope(block, 0, self.chip.path[-1].scope)
             schedule.compute_at(block, inner)
@@ -109,7 +112,7 @@ class _Schedule:
         *lead, i, n, k = schedule.get_loops(self.product)
         mo, cm, ma, mi = schedule.split(i, [None, t.core_rows, t.rows // t.step_rows, t.step_rows])
         g, p, cn, na, ni = schedule.split(
-            n, [t.groups, t.pieces, t.core_columns, t.columns // t.step_columns, t.step_columns]
+            n, [None, t.pieces, t.core_columns, t.columns // t.step_columns, t.step_columns]
         )
         ko, ks = schedule.split(k, [None, t.chunk])
         schedule.reorder(*lead, mo, g, p, cm, cn, ma, na, ko, ks, mi, ni)

@@ -36,15 +36,20 @@ class Staging:
         """Copy what `block` reads inwards, hop by hop; copy i stands in the loop at[i]."""
         copies = []
         for hop in self.chip.path:
-            copy = self.schedule.cache_read(block, number, hop.scope)
+            copy = self.schedule.cache_read(block, number, hop.scope, [block])
             self.annotate(copy, {COPY: hop.dma, SLOTS: slots})
             copies.append(copy)
         for copy, loop in reversed(list(zip(copies, at, strict=True))):
             self.schedule.compute_at(copy, loop)
 
-    def write(self, block: Any, at: Sequence[Any], inner: Any | None = None, slots: int = 2) -> None:
-        """Copy what `block` writes outwards, hop by hop; the copy from hop i stands in the loop at[i].
+    def write(self, block: Any, at: Sequence[Any], inner: Any) -> None:
+        """`block`, put into the loop `inner`, writes the innermost level; the copy from hop i outwards stands
+        in the loop at[i]."""
+        copies = [self.schedule.cache_write(block, 0, hop.scope) for hop in self.chip.path]
+        self.schedule.reverse_compute_at(block, inner)
+        self._outwards(copies, at)
 
+<<<<<<< HEAD
         With `inner`, the block computes in that loop; else it is itself the innermost copy.
         """
         hops = list(self.chip.path)
@@ -57,6 +62,18 @@ class Staging:
             self.schedule.reverse_compute_at(block, inner)
         for copy, hop, loop in reversed(list(zip(copies, hops, at, strict=True))):
             self.annotate(copy, {COPY: hop.dma, SLOTS: slots})
+=======
+    def store(self, block: Any, at: Sequence[Any]) -> None:
+        """`block` is the copy from the first level outwards; those before it, from what it reads, are added."""
+        copies = [block]
+        for hop in reversed(self.chip.path[:-1]):
+            copies.insert(1, self.schedule.cache_read(block, 0, hop.scope))
+        self._outwards(copies, at)
+
+    def _outwards(self, copies: Sequence[Any], at: Sequence[Any]) -> None:
+        for copy, hop, loop in reversed(list(zip(copies, self.chip.path, at, strict=True))):
+            self.annotate(copy, {COPY: hop.dma, SLOTS: 2})
+>>>>>>> t5-tile
             self.schedule.reverse_compute_at(copy, loop)
 
     def vector(self, block: Any, slots: int = 0) -> None:

@@ -9,22 +9,32 @@ from dataclasses import dataclass
 
 from porter.lower.tile.chip import Chip, Step, bits
 
-UNKNOWN_ROWS = 32  # rows of a tile where how many there are shows at run time: one token wastes little
+UNKNOWN = 32  # rows of a tile where how many there are shows at run time: one token wastes little
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A product y[rows, columns] over `steps` unit steps of k; rows None: known only at run time.
+    """A product y[rows, columns] over `steps` unit steps of k; None: known only at run time.
 
     `x_bytes` and `w_bytes` are what one row of each operand takes as it is stored, scales included.
     """
 
     rows: int | None
-    columns: int
-    steps: int
+    columns: int | None
+    steps: int | None
     form: str
     x_bytes: int
     w_bytes: int
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all is known now."""
+        return None not in (self.rows, self.columns, self.steps)
+
+    def supposed(self) -> tuple[int, int, int]:
+        """Rows, columns and steps as far as a tile's size depends on them."""
+        rows, columns = (UNKNOWN if n is None else n for n in (self.rows, self.columns))
+        return rows, columns, self.steps or 1
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,8 @@ class Tiling:
 
     @property
     def column_multiple(self) -> int:
-        """What columns are padded to: all of them."""
-        return self.groups * self.pieces * self.core_columns * self.columns
+        """What columns are padded to."""
+        return self.pieces * self.core_columns * self.columns
 
 
 def choose(sizes: Sizes, chip: Chip) -> Tiling:
@@ -70,23 +80,28 @@ def choose(sizes: Sizes, chip: Chip) -> Tiling:
     overflows.
     """
     found = list(_fitting(sizes, chip))
+<<<<<<< HEAD
     return (
         min(found, key=lambda t: (_seconds(t, sizes, chip), -t.rows * t.columns))
         if found
         else _least(sizes, chip)
     )
+=======
+    if not found:
+        return _least(sizes, chip)
+    return min(found, key=lambda t: (_seconds(t, sizes, chip), -t.rows * t.columns))
+>>>>>>> t5-tile
 
 
-def _known(sizes: Sizes) -> int:
-    return UNKNOWN_ROWS if sizes.rows is None else sizes.rows
-
-
-def _steps(sizes: Sizes, chip: Chip) -> tuple[Step, int, int]:
+def _unit(sizes: Sizes, chip: Chip) -> tuple[int, int]:
+    """Rows and columns of a unit step, or of the part of it that is needed."""
     step = chip.step(sizes.form)
-    return step, min(step.rows, _known(sizes)), min(step.columns, sizes.columns)
+    rows, columns, _ = sizes.supposed()
+    return min(step.rows, rows), min(step.columns, columns)
 
 
 def _fitting(sizes: Sizes, chip: Chip) -> Iterator[Tiling]:
+<<<<<<< HEAD
     step, rows, columns = _steps(sizes, chip)
     chunks = [d for d in range(sizes.steps, 0, -1) if sizes.steps % d == 0]
     sharing = [d for d in range(1, chip.cores + 1) if chip.cores % d == 0] if chip.clusters > 1 else [1]
@@ -101,12 +116,28 @@ def _fitting(sizes: Sizes, chip: Chip) -> Iterator[Tiling]:
             if tiling.core_rows * tiling.rows < 2 * max(_known(sizes), r) and _fits_cluster(
                 tiling, sizes, chip
             ):
+=======
+    unit = _unit(sizes, chip)
+    rows, columns, steps = sizes.supposed()
+    chunks = [d for d in range(steps, 0, -1) if steps % d == 0]
+    # Where rows are not known, cores side by side would have nothing to do but pad.
+    sharing = [1]
+    if sizes.fixed and chip.clusters > 1:
+        sharing = [d for d in range(1, chip.cores + 1) if chip.cores % d == 0]
+    for tile in itertools.product(_doubled(unit[0], rows), _doubled(unit[1], columns)):
+        chunk = next((k for k in chunks if _fits_core(tile, k, unit, sizes, chip)), 0)
+        for core_rows in sharing if chunk else []:
+            if (core_rows - 1) * tile[0] >= rows:
+                continue
+            tiling = _dealt(sizes, chip, unit, tile, chunk, core_rows)
+            if _fits_cluster(tiling, sizes, chip):
+>>>>>>> t5-tile
                 yield tiling
 
 
 def _least(sizes: Sizes, chip: Chip) -> Tiling:
-    step, rows, columns = _steps(sizes, chip)
-    return _dealt(sizes, chip, step, (rows, columns), (rows, columns), 1, 1)
+    unit = _unit(sizes, chip)
+    return _dealt(sizes, chip, unit, unit, 1, 1)
 
 
 def _doubled(first: int, most: int) -> list[int]:
@@ -115,30 +146,35 @@ def _doubled(first: int, most: int) -> list[int]:
 
 
 def _dealt(
-    sizes: Sizes,
-    chip: Chip,
-    step: Step,
-    steps: tuple[int, int],
-    tile: tuple[int, int],
-    chunk: int,
-    core_rows: int,
+    sizes: Sizes, chip: Chip, unit: tuple[int, int], tile: tuple[int, int], chunk: int, core_rows: int
 ) -> Tiling:
     """Columns dealt out so that every cluster (or core) has work, before anyone has two pieces of it."""
     clustered = chip.clusters > 1
-    core_columns = chip.cores // core_rows if clustered else 1
-    core_columns = min(core_columns, -(-sizes.columns // tile[1]))
+    rows, columns, steps = sizes.supposed()
+    core_columns = min(chip.cores // core_rows if clustered else 1, -(-columns // tile[1]))
     takers = chip.clusters if clustered else chip.cores
-    down = -(-_known(sizes) // (core_rows * tile[0]))
-    across = -(-sizes.columns // (core_columns * tile[1]))
+    down = -(-rows // (core_rows * tile[0]))
+    across = -(-columns // (core_columns * tile[1]))
     pieces = -(-across // max(1, min(across, takers // down)))
+<<<<<<< HEAD
     groups = -(-across // pieces)
     return Tiling(step, *steps, *tile, chunk, sizes.steps, core_rows, core_columns, groups, pieces)
 
 
 def _fits_core(rows: int, columns: int, chunk: int, step: tuple[int, int], sizes: Sizes, chip: Chip) -> bool:
     """Raw and decoded operands and results, two slots of each; but one of sums if two do not fit."""
+=======
+    if sizes.columns is None:
+        core_columns = pieces = 1
+    step = chip.step(sizes.form)
+    return Tiling(step, *unit, *tile, chunk, steps, core_rows, core_columns, -(-across // pieces), pieces)
+
+
+def _fits_core(tile: tuple[int, int], chunk: int, unit: tuple[int, int], sizes: Sizes, chip: Chip) -> bool:
+    """Raw and decoded operands and results, two slots of each; of a unit step's sums, one at least."""
+>>>>>>> t5-tile
     wide, k = bits(sizes.form), chip.step(sizes.form).k
-    part = chunk / sizes.steps
+    (rows, columns), part = tile, chunk / sizes.supposed()[2]
     once = [
         chip.bytes((rows, math.ceil(sizes.x_bytes * part)), 8),
         chip.bytes((columns, math.ceil(sizes.w_bytes * part)), 8),
@@ -146,23 +182,25 @@ def _fits_core(rows: int, columns: int, chunk: int, step: tuple[int, int], sizes
         chip.bytes((columns, chunk * k), wide),
         chip.bytes((rows, columns), 32),
     ]
-    sums = chip.bytes(step, 32)
-    reads, accumulates = (chip.level(n).size.value for n in (chip.matrix.reads, chip.matrix.accumulates))
-    return 2 * sum(once) <= reads and sums <= accumulates
+    reads, sums = (chip.level(n).size.value for n in (chip.matrix.reads, chip.matrix.accumulates))
+    return 2 * sum(once) <= reads and chip.bytes(unit, 32) <= sums
 
 
 def _fits_cluster(tiling: Tiling, sizes: Sizes, chip: Chip) -> bool:
-    """What cores share: rows of x, and two slots of columns of W and of results."""
+    """What cores share: rows of x, columns of W and results, two slots of each."""
     rows, columns = tiling.row_multiple, tiling.core_columns * tiling.columns
-    need = chip.bytes((rows, sizes.x_bytes), 8)
-    need += 2 * (chip.bytes((columns, sizes.w_bytes), 8) + chip.bytes((rows, columns), 32))
-    return all(2 * need <= 2 * chip.level(h.level).size.value for h in chip.path[:-1])
+    once = [
+        chip.bytes((rows, sizes.x_bytes), 8),
+        chip.bytes((columns, sizes.w_bytes), 8),
+        chip.bytes((rows, columns), 32),
+    ]
+    return all(2 * sum(once) <= chip.level(h.level).size.value for h in chip.path[:-1])
 
 
 def _seconds(tiling: Tiling, sizes: Sizes, chip: Chip) -> float:
     """Of the pipeline that `choose` tells of."""
     takers = chip.clusters if chip.clusters > 1 else chip.cores
-    down = -(-_known(sizes) // tiling.row_multiple)
+    down = -(-sizes.supposed()[0] // tiling.row_multiple)
     rounds = -(-down * tiling.groups // takers)
     dma = chip.spec.dma[chip.path[0].dma]
     outer = chip.level(dma.source).bandwidth

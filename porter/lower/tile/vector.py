@@ -24,7 +24,7 @@ from porter.lower.tile.capacity import check
 from porter.lower.tile.chip import Chip
 from porter.lower.tile.nests import Nest, apart
 from porter.lower.tile.staging import CLUSTERS, COPY, CORES, Staging
-from porter.lower.tile.tiling import UNKNOWN_ROWS
+from porter.lower.tile.tiling import UNKNOWN
 
 MOVEMENTS = ("prim.if_then_else",)  # calls that only choose
 
@@ -161,7 +161,7 @@ class _Schedule:
         for axis in range(may, -1, -1):
             room = max(1, self.elements // max(1, inner))
             if not isinstance(sizes[axis], tirx.IntImm):
-                return axis, min(room, UNKNOWN_ROWS)
+                return axis, min(room, UNKNOWN)
             if room < int(sizes[axis]) or axis == 0:
                 return axis, min(room, int(sizes[axis]))
             inner *= int(sizes[axis])

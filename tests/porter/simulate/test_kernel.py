@@ -102,7 +102,7 @@ def test_another_schedule_takes_another_time() -> None:
     """The same product in larger tiles, or without double buffering: nothing else tells the simulator."""
     small, large = kernel(32, 8, elements=64), kernel(4, 16, elements=128)
     single = replace(small, buffers=tuple(replace(b, slots=min(b.slots, 1)) for b in BUFFERS))
-    spec = chip(1, fixed=20)
+    spec = chip(1, fixed=200)
     assert simulate(small, spec).flop == simulate(large, spec).flop
     times = [simulate(p, spec).seconds for p in (small, large, single)]
     assert times[1] < times[0] < times[2]
