@@ -63,7 +63,8 @@ def halved(number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a kernel: query heads to a key head, queries (None: known at run time), widths of a key and a value."""
+    """Of a kernel: query heads to a key head, queries (None: known at run time), widths of a key and a value.
+    """
 
     group: int
     heads: int

@@ -35,15 +35,9 @@ def schedule(function: tirx.PrimFunc, form: str, chip: Chip) -> tirx.PrimFunc:
     operands = [writers[r.source] for r in main.block.reads]
     sizes = _sizes(main, operands, form)
     tiling = choose(sizes, chip)
-<<<<<<< HEAD
-    lead = len(nests["product"].loops) - 3
-    whole = padded(function, "product", {lead: tiling.row_multiple, lead + 1: tiling.column_multiple})
-    return _Schedule(Staging(whole, chip), tiling, form).run()
-=======
     lead = len(main.loops) - 3
     whole = padded(function, "product", {lead: tiling.row_multiple, lead + 1: tiling.column_multiple})
     return _Schedule(Staging(whole, chip), tiling, form, [n.name for n in operands]).run()
->>>>>>> t5-tile
 
 
 def _sizes(main: Nest, operands: list[Nest], form: str) -> Sizes:

@@ -49,20 +49,6 @@ class Staging:
         self.schedule.reverse_compute_at(block, inner)
         self._outwards(copies, at)
 
-<<<<<<< HEAD
-        With `inner`, the block computes in that loop; else it is itself the innermost copy.
-        """
-        hops = list(self.chip.path)
-        copies = [block] if inner is None else []
-        for hop in hops if inner is not None else hops[:-1]:
-            copies.insert(
-                -1 if inner is None else len(copies), self.schedule.cache_write(block, 0, hop.scope)
-            )
-        if inner is not None:
-            self.schedule.reverse_compute_at(block, inner)
-        for copy, hop, loop in reversed(list(zip(copies, hops, at, strict=True))):
-            self.annotate(copy, {COPY: hop.dma, SLOTS: slots})
-=======
     def store(self, block: Any, at: Sequence[Any]) -> None:
         """`block` is the copy from the first level outwards; those before it, from what it reads, are added."""
         copies = [block]
@@ -73,7 +59,6 @@ class Staging:
     def _outwards(self, copies: Sequence[Any], at: Sequence[Any]) -> None:
         for copy, hop, loop in reversed(list(zip(copies, self.chip.path, at, strict=True))):
             self.annotate(copy, {COPY: hop.dma, SLOTS: 2})
->>>>>>> t5-tile
             self.schedule.reverse_compute_at(copy, loop)
 
     def vector(self, block: Any, slots: int = 0) -> None:

@@ -80,17 +80,9 @@ def choose(sizes: Sizes, chip: Chip) -> Tiling:
     overflows.
     """
     found = list(_fitting(sizes, chip))
-<<<<<<< HEAD
-    return (
-        min(found, key=lambda t: (_seconds(t, sizes, chip), -t.rows * t.columns))
-        if found
-        else _least(sizes, chip)
-    )
-=======
     if not found:
         return _least(sizes, chip)
     return min(found, key=lambda t: (_seconds(t, sizes, chip), -t.rows * t.columns))
->>>>>>> t5-tile
 
 
 def _unit(sizes: Sizes, chip: Chip) -> tuple[int, int]:
@@ -101,22 +93,6 @@ def _unit(sizes: Sizes, chip: Chip) -> tuple[int, int]:
 
 
 def _fitting(sizes: Sizes, chip: Chip) -> Iterator[Tiling]:
-<<<<<<< HEAD
-    step, rows, columns = _steps(sizes, chip)
-    chunks = [d for d in range(sizes.steps, 0, -1) if sizes.steps % d == 0]
-    sharing = [d for d in range(1, chip.cores + 1) if chip.cores % d == 0] if chip.clusters > 1 else [1]
-    if sizes.rows is None:
-        sharing = [1]
-    for r, c in itertools.product(_doubled(rows, _known(sizes)), _doubled(columns, sizes.columns)):
-        chunk = next((k for k in chunks if _fits_core(r, c, k, (rows, columns), sizes, chip)), 0)
-        if not chunk:
-            continue
-        for core_rows in sharing:
-            tiling = _dealt(sizes, chip, step, (rows, columns), (r, c), chunk, core_rows)
-            if tiling.core_rows * tiling.rows < 2 * max(_known(sizes), r) and _fits_cluster(
-                tiling, sizes, chip
-            ):
-=======
     unit = _unit(sizes, chip)
     rows, columns, steps = sizes.supposed()
     chunks = [d for d in range(steps, 0, -1) if steps % d == 0]
@@ -131,7 +107,6 @@ def _fitting(sizes: Sizes, chip: Chip) -> Iterator[Tiling]:
                 continue
             tiling = _dealt(sizes, chip, unit, tile, chunk, core_rows)
             if _fits_cluster(tiling, sizes, chip):
->>>>>>> t5-tile
                 yield tiling
 
 
@@ -156,14 +131,6 @@ def _dealt(
     down = -(-rows // (core_rows * tile[0]))
     across = -(-columns // (core_columns * tile[1]))
     pieces = -(-across // max(1, min(across, takers // down)))
-<<<<<<< HEAD
-    groups = -(-across // pieces)
-    return Tiling(step, *steps, *tile, chunk, sizes.steps, core_rows, core_columns, groups, pieces)
-
-
-def _fits_core(rows: int, columns: int, chunk: int, step: tuple[int, int], sizes: Sizes, chip: Chip) -> bool:
-    """Raw and decoded operands and results, two slots of each; but one of sums if two do not fit."""
-=======
     if sizes.columns is None:
         core_columns = pieces = 1
     step = chip.step(sizes.form)
@@ -172,7 +139,6 @@ def _fits_core(rows: int, columns: int, chunk: int, step: tuple[int, int], sizes
 
 def _fits_core(tile: tuple[int, int], chunk: int, unit: tuple[int, int], sizes: Sizes, chip: Chip) -> bool:
     """Raw and decoded operands and results, two slots of each; of a unit step's sums, one at least."""
->>>>>>> t5-tile
     wide, k = bits(sizes.form), chip.step(sizes.form).k
     (rows, columns), part = tile, chunk / sizes.supposed()[2]
     once = [
