@@ -21,7 +21,7 @@ registers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -70,14 +70,19 @@ def bound(
 
 
 class Programs:
-    """Kernels of a scheduled module, read as they are asked for (see `porter.simulate.simulate_plan`)."""
+    """Kernels of a scheduled module, read as they are asked for (see `porter.simulate.simulate_plan`).
 
-    def __init__(self, module: tvm.IRModule, spec: TargetSpec) -> None:
+    `control` names those that are the control processor's, one number at a time: they take no time here.
+    """
+
+    def __init__(self, module: tvm.IRModule, spec: TargetSpec, control: Collection[str] = ()) -> None:
         self.functions = {name.name_hint: function for name, function in module.functions.items()}
-        self.spec = spec
+        self.spec, self.control = spec, control
 
     def __call__(self, kernel: str, shapes: Sequence[Sequence[int]], integers: Sequence[int]) -> Program:
         """Raises TargetError PORT-0449 for a kernel that is not in the module, or is no PrimFunc."""
+        if kernel in self.control:
+            return Program(kernel, (), ())
         function = self.functions.get(kernel)
         if not isinstance(function, tirx.PrimFunc):
             raise TargetError("PORT-0449", "a launch calls a kernel that has no scheduled program", kernel)

@@ -154,6 +154,8 @@ def test_levels_and_dimensions_must_be_known() -> None:
 def test_launches_bind_the_symbols_of_their_kernels() -> None:
     programs = scheduled.Programs(matmul((4, 4, 4)).mod, chip())
     assert simulate(programs("main", ((M, K), (N, K), (M, N)), ()), chip()).flop == 2 * M * N * K
+    control = scheduled.Programs(matmul((4, 4, 4)).mod, chip(), ["main"])
+    assert simulate(control("main", (), ()), chip()).seconds == 0
     with pytest.raises(TargetError, match="PORT-0449"):
         programs("other", ((M, K),), ())
     with pytest.raises(TargetError, match="PORT-0447"):
