@@ -17,9 +17,11 @@ from porter.lower.blocks.profile import Profile
 from porter.lower.blocks.templates import Chip
 from porter.lower.importer.program import DTYPES, Importer
 from porter.lower.importer.templates import Host
+from porter.lower.tile.schedule import program
 from porter.target import TargetSpec
 
 LIBRARIES, WEIGHTS, PLAN = "lib", "lib/weights.bin", "plan.json"
+PROGRAM = "lib/program.txt"  # the kernels as they are scheduled, family tile
 
 
 def lower(
@@ -52,7 +54,12 @@ def lower(
     plan.extract(planned.module, made, imported.parameters, planned.nodes)
     progress(0.2)
     (folder / LIBRARIES).mkdir(exist_ok=True)
-    library = build.write_library(build.compiled(planned.module, target_tvm), folder / LIBRARIES)
+    module = planned.module
+    if target.family == "tile":
+        scheduled = program(module, target, imported.bounds)
+        module = scheduled.module
+        (folder / PROGRAM).write_text(scheduled.text(), encoding="utf-8")
+    library = build.write_library(build.compiled(module, target_tvm), folder / LIBRARIES)
     made.library = f"{LIBRARIES}/{library}"
     progress(0.6)
     total = sum(p.bytes for p in imported.parameters) or 1

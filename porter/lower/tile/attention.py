@@ -14,6 +14,7 @@ comes in pieces; one row of scores is not, and is refused where it does not fit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,8 +22,9 @@ from typing import Any
 from tvm import tirx
 
 from porter.errors import TargetError
+from porter.lower.tile.bounds import most
 from porter.lower.tile.capacity import check
-from porter.lower.tile.chip import Chip, Step
+from porter.lower.tile.chip import Chip, Step, bits
 from porter.lower.tile.nests import apart, named
 from porter.lower.tile.padding import STORE, grown, padded
 from porter.lower.tile.staging import CLUSTERS, CORES, FREE, MATRIX, MNK, SLOTS, Staging
@@ -39,7 +41,7 @@ def schedule(
     As many queries at a time as fit. Raises TargetError PORT-0435 when scores of one do not.
     """
     function = named(function)
-    shape = _Shape.of(function)
+    shape = _Shape.of(function, bounds)
     queries = UNKNOWN if shape.queries is None else shape.queries
     queries = min(queries, max(1, chip.step(form).rows // shape.group))
     tries = [(n, shared) for n in halved(queries) for shared in (True, False)[: min(2, chip.clusters)]]
@@ -63,20 +65,22 @@ def halved(number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a kernel: query heads to a key head, queries (None: known at run time), widths of a key and a value.
-    """
+    """Of a kernel: query heads to a key head, queries (None: known at run time), the widths of a key and a
+    value, and the most tokens that the cache may have."""
 
     group: int
-    heads: int
     queries: int | None
+    key: int
     value: int
+    tokens: int
 
     @classmethod
-    def of(cls, function: tirx.PrimFunc) -> _Shape:
+    def of(cls, function: tirx.PrimFunc, bounds: Mapping[str, int]) -> _Shape:
         nests = {n.name: n for n in apart(function) or []}
         _, hq, s, dv, _ = (loop.extent for loop in nests["product_1"].loops)
-        heads = int(nests["k_cast"].loops[1].extent)
-        return cls(int(hq) // heads, heads, int(s) if isinstance(s, tirx.IntImm) else None, int(dv))
+        _, heads, t, dk = (loop.extent for loop in nests["k_cast"].loops)
+        queries = int(s) if isinstance(s, tirx.IntImm) else None
+        return cls(int(hq) // int(heads), queries, int(dk), int(dv), most(t, bounds))
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,25 @@ class _Cut:
     @classmethod
     def of(cls, shape: _Shape, queries: int, chip: Chip, form: str) -> _Cut:
         step = chip.step(form)
-        # A piece of the cache is a row of unit steps, and whole steps of k of the second product.
+        piece = _piece(shape, step, chip, form)
         tokens = step.columns
-        piece = max(tokens, step.k)
-        piece = -(-piece // tokens) * tokens
-        piece = -(-piece // step.k) * step.k if piece % step.k else piece
         side = 1
         if chip.clusters > 1 and shape.queries is not None:
             side = max(1, min(chip.cores // shape.group, -(-shape.queries // queries)))
         return cls(step, shape.group, queries, side, tokens, piece, min(step.columns, shape.value), shape)
+
+
+def _piece(shape: _Shape, step: Step, chip: Chip, form: str) -> int:
+    """Tokens of the cache that come at a time: what the last DMA moves in its fixed time, but two slots of it
+    fill no more than a quarter of the memory; whole unit steps of both products, two of the second."""
+    hop, width = chip.path[-1], max(shape.key, shape.value)
+    dma = chip.spec.dma[hop.dma]
+    source = chip.level(dma.source)
+    rate = (source.bandwidth.value if source.bandwidth else math.inf) / chip.cores
+    moved = rate * dma.fixed.value / (4 * width)
+    fit = int(chip.level(hop.level).size.value) / 4 / (2 * width * (4 + bits(form) / 8))
+    least = math.lcm(step.columns, 2 * step.k)
+    return max(1, int(min(moved, fit, shape.tokens + least - 1) / least)) * least
 
 
 def _whole(function: tirx.PrimFunc, cut: _Cut) -> tirx.PrimFunc:

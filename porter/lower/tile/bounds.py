@@ -15,7 +15,7 @@ def of_kernels(module: tvm.IRModule, bounds: Mapping[str, int]) -> dict[str, dic
     found: dict[str, dict[str, int]] = {}
     analyzer, bound = tvm.sym.Analyzer(), set()
 
-    def most(size: Expr) -> int:
+    def largest(size: Expr) -> int:
         for symbol in tirx.analysis.undefined_vars(size):
             if symbol not in bound and symbol.name in bounds:
                 bound.add(symbol)
@@ -28,11 +28,19 @@ def of_kernels(module: tvm.IRModule, bounds: Mapping[str, int]) -> dict[str, dic
             if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar):
                 kernel = module[value.op]
                 if isinstance(kernel, tirx.PrimFunc):
-                    _match(kernel, value.args, most, found.setdefault(value.op.name_hint, {}))
+                    _match(kernel, value.args, largest, found.setdefault(value.op.name_hint, {}))
     return found
 
 
-def _match(kernel: tirx.PrimFunc, arguments: Any, most: Any, found: dict[str, int]) -> None:
+def most(size: Expr, bounds: Mapping[str, int]) -> int:
+    """The largest value of one size of a kernel, whose symbols are at most their `bounds`."""
+    analyzer = tvm.sym.Analyzer()
+    for symbol in tirx.analysis.undefined_vars(size):
+        analyzer.bind(symbol, Range(0, bounds.get(symbol.name, 0) + 1))
+    return int(analyzer.const_int_bound(size).max_value)
+
+
+def _match(kernel: tirx.PrimFunc, arguments: Any, largest: Any, found: dict[str, int]) -> None:
     for parameter, argument in zip(kernel.params, arguments, strict=False):
         pairs = []
         if isinstance(argument.ty, relax.TensorType) and argument.ty.shape is not None:
@@ -41,4 +49,4 @@ def _match(kernel: tirx.PrimFunc, arguments: Any, most: Any, found: dict[str, in
             pairs = [(parameter, argument)]
         for symbol, size in pairs:
             if isinstance(symbol, tirx.Var) and not isinstance(size, int):
-                found[symbol.name] = max(found.get(symbol.name, 0), most(size))
+                found[symbol.name] = max(found.get(symbol.name, 0), largest(size))

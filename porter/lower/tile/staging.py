@@ -20,8 +20,6 @@ class Staging:
     def __init__(self, function: Any, chip: Chip) -> None:
         self.schedule = s_tir.Schedule(function, error_render_level="none")
         self.chip = chip
-        parameters = self.schedule.mod["main"].params if "main" in self.names() else function.params
-        self.arguments = {p.name for p in parameters}
 
     def names(self) -> list[str]:
         """Of the functions in the schedule's module."""
@@ -48,6 +46,10 @@ class Staging:
         copies = [self.schedule.cache_write(block, 0, hop.scope) for hop in self.chip.path]
         self.schedule.reverse_compute_at(block, inner)
         self._outwards(copies, at)
+
+    def result(self, block: Any, at: Sequence[Any]) -> None:
+        """`block`, which stays where it is, writes the innermost level; copies outwards as with `write`."""
+        self._outwards([self.schedule.cache_write(block, 0, hop.scope) for hop in self.chip.path], at)
 
     def store(self, block: Any, at: Sequence[Any]) -> None:
         """`block` is the copy from the first level outwards; those before it, from what it reads, are added."""

@@ -23,7 +23,7 @@ from porter.errors import TargetError
 from porter.lower.tile.capacity import check
 from porter.lower.tile.chip import Chip
 from porter.lower.tile.nests import Nest, apart
-from porter.lower.tile.staging import CLUSTERS, COPY, CORES, Staging
+from porter.lower.tile.staging import CLUSTERS, COPY, CORES, SLOTS, Staging
 from porter.lower.tile.tiling import UNKNOWN
 
 MOVEMENTS = ("prim.if_then_else",)  # calls that only choose
@@ -69,6 +69,13 @@ def _moved(value: Any) -> bool:
     return isinstance(value, TensorLoad | tirx.IntImm | tirx.FloatImm)
 
 
+def scatters(nest: Nest) -> bool:
+    """Whether a block that moves elements writes them where data say, or only some of them."""
+    body = nest.block.body
+    axes = {axis.var for axis in nest.block.iter_vars}
+    return not isinstance(body, tirx.BufferStore) or any(i not in axes for i in body.indices)
+
+
 def looked_up(nest: Nest) -> set[Any]:
     """Buffers that the block reads at places that other data say."""
     found = set()
@@ -97,7 +104,7 @@ class _Schedule:
         return self.schedule.get_sblock(name, self.function)
 
     def run(self) -> tirx.PrimFunc:
-        own = {b.name for b in self.nests_root_buffers()}
+        own = {b.name for b in self.schedule.mod[self.function].body.block.alloc_buffers}
         for nest in list(self.nests.values()):
             if moves(nest) and nest.block.writes[0].source.name in own and not looked_up(nest):
                 self.schedule.compute_inline(self.block(nest.name))
@@ -106,17 +113,15 @@ class _Schedule:
             self._result(name)
         return self.schedule.mod[self.function]
 
-    def nests_root_buffers(self) -> list[Any]:
-        """Buffers between the blocks."""
-        return list(self.schedule.mod[self.function].body.block.alloc_buffers)
-
     def _result(self, name: str) -> None:
         """One result of the kernel with all that it is made of."""
         block = self.block(name)
         before = self._producers(block)
         moved = moves(self.nests[name]) and not before
         loops = self._tiled(block, self.nests[name], before, moved)
-        if moved:
+        if moved and scatters(self.nests[name]):
+            self._scatter(block, loops)
+        elif moved:
             self._move(block, loops)
         else:
             self._compute(block, before, loops)
@@ -149,11 +154,10 @@ class _Schedule:
             schedule.annotate(core, CORES, 1)
         else:
             schedule.annotate(first, CORES, 1)
-            core = schedule.fuse(first, core) if shared == 1 and False else core
         return first, core, inner
 
     def _tile(self, nest: Nest, before: list[Any]) -> tuple[int, int]:
-        """(axis that is cut, elements of it in a tile). Axes within it are whole, those around it one by one."""
+        """(axis that is cut, elements of it in a tile); axes within it are whole, those around it single."""
         spatial = [i for i, a in enumerate(nest.block.iter_vars) if a.iter_type == tirx.IterVar.DataPar]
         sizes = [loop.extent for loop in nest.loops]
         may = self._free(nest, before, spatial)
@@ -186,7 +190,7 @@ class _Schedule:
         first, core, _ = loops
         places = [first] * (len(self.chip.path) - 1) + [core]
         schedule, staging = self.schedule, self.staging
-        self._outwards(block, places)
+        self.staging.result(block, places)
         for producer in before:
             schedule.set_scope(producer, 0, self.chip.path[-1].scope)
             schedule.compute_at(producer, core)
@@ -195,19 +199,25 @@ class _Schedule:
                 staging.read(one, number, places)
             staging.vector(one, 2)
 
-    def _outwards(self, block: Any, places: list[Any]) -> None:
-        copies = []
-        for hop in self.chip.path:
-            copy = self.schedule.cache_write(block, 0, hop.scope)
-            self.staging.annotate(copy, {COPY: hop.dma})
-            copies.append(copy)
-        for copy, loop in reversed(list(zip(copies, places, strict=True))):
-            self.schedule.reverse_compute_at(copy, loop)
-
     def _move(self, block: Any, loops: tuple[Any, Any, Any]) -> None:
         """In by the first DMA and out again."""
         hop = self.chip.path[0]
         out = self.schedule.cache_write(block, 0, hop.scope)
         self.schedule.reverse_compute_at(out, loops[1])
         for one in (block, out):
-            self.staging.annotate(one, {COPY: hop.dma, "porter.slots": 2})
+            self.staging.annotate(one, {COPY: hop.dma, SLOTS: 2})
+
+    def _scatter(self, block: Any, loops: tuple[Any, Any, Any]) -> None:
+        """What is moved comes in first; the block is the copy outwards, to where other inputs say."""
+        hop = self.chip.path[0]
+        value = self.nests[self.schedule.get(block).name_hint].block.body
+        while isinstance(value, tirx.IfThenElse):
+            value = value.then_case
+        moved: list[Any] = []
+        tvm_ffi.structural_walk(value.value, (TensorLoad, lambda load: moved.append(load.source.name)))
+        for number in self.staging.inputs(block):
+            if self.schedule.get(block).reads[number].source.name in moved:
+                copy = self.schedule.cache_read(block, number, hop.scope, [block])
+                self.schedule.compute_at(copy, loops[1])
+                self.staging.annotate(copy, {COPY: hop.dma, SLOTS: 2})
+        self.staging.annotate(block, {COPY: hop.dma})
