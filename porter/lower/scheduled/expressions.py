@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from porter.errors import TargetError
@@ -76,6 +76,13 @@ class Names:
         what = f"an extent or index of a scheduled program is no expression of integers: {kind}"
         raise TargetError("PORT-0445", what, f"{self.kernel}: {node}")
 
+    def place(self, node: Any) -> Expression:
+        """An index: as `expression`, or `("gathered", ...)` and what it depends on, where data decides."""
+        loads = list(_loads(node))
+        if not loads:
+            return self.expression(node)
+        return ("gathered", *(self.place(index) for load in loads for index in load.indices))
+
     def _variable(self, node: Any) -> Expression:
         if node in self.known:
             return self.known[node]
@@ -83,6 +90,18 @@ class Names:
             return int(self.dimensions[node.name])
         what = f"nothing says how large the dimension {str(node.name)!r} is"
         raise TargetError("PORT-0447", what, self.kernel, f"known: {', '.join(sorted(self.dimensions))}")
+
+
+def _loads(node: Any) -> Iterator[Any]:
+    if type(node).__name__ in ("TensorLoad", "BufferLoad"):
+        yield node
+        return
+    parts = [
+        getattr(node, key, None) for key in ("a", "b", "value", "condition", "true_value", "false_value")
+    ]
+    for part in (*parts, *getattr(node, "args", ())):
+        if part is not None and not isinstance(part, int | float):
+            yield from _loads(part)
 
 
 def _folded(kind: str, a: Expression, b: Expression) -> Expression:

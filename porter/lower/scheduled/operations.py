@@ -14,7 +14,10 @@ from porter.simulate.program import Copy, Loop, Matrix, Node, Vector
 
 @dataclass(frozen=True)
 class Access:
-    """What a block reads or writes: an element of `bits` at `index` of a buffer of `shape`."""
+    """What a block reads or writes: an element of `bits` at `index` of a buffer of `shape`.
+
+    An index that data decides is `("gathered", ...)`, with what it depends on.
+    """
 
     buffer: str
     writes: bool
@@ -79,15 +82,23 @@ def _vector(name: str, annotations: Mapping[str, Any], domain: Domain, accesses:
 
 def _copy(name: str, dma: str, domain: Domain, accesses: Sequence[Access]) -> Copy:
     sources, targets = ([a for a in accesses if a.writes == way] for way in (False, True))
+    if len(sources) > 1:  # where it is gathered from, not by which numbers
+        sources = [s for s in sources if any(isinstance(i, tuple) and i[0] == "gathered" for i in s.index)]
     if len(sources) != 1 or len(targets) != 1:
         raise _wrong("a transfer has one buffer on each side", name)
     (source,), (target,) = sources, targets
     outer, inner = (target, source) if target.outermost else (source, target)
     elements = domain.along(loop for loop, _ in domain.box)
-    lengths = zip(outer.index, outer.shape, strict=True)
-    run = ("together", tuple((domain.along(domain.inside((index,))), size) for index, size in lengths))
+    run = ("together", tuple(_length(domain, *pair) for pair in zip(outer.index, outer.shape, strict=True)))
     transposing = _transposing(domain, outer, inner)
     return Copy(name, dma, source.buffer, target.buffer, elements, run, source.bits, transposing)
+
+
+def _length(domain: Domain, index: Expression, size: Expression) -> tuple[Expression, Expression]:
+    """Elements along a dimension, and its size; what is gathered lies apart: one of more than one."""
+    if isinstance(index, tuple) and index[0] == "gathered":
+        return 1, 2
+    return domain.along(domain.inside((index,))), size
 
 
 def _transposing(domain: Domain, one: Access, other: Access) -> bool:

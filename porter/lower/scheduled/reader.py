@@ -140,6 +140,8 @@ class _Reader:
             return self.branches(node)
         if kind == "SBlockRealize":
             return self.block(node)
+        if kind == "AssertStmt":  # the control processor's
+            return ()
         what = f"a statement of a scheduled program is not one that has a time: {kind}"
         raise TargetError("PORT-0445", what, self.name)
 
@@ -223,7 +225,7 @@ class _Reader:
                 if buffer is None:
                     continue
                 variable = region.source
-                index = tuple(self.names.expression(r.min) for r in region.region)
+                index = tuple(self.names.place(r.min) for r in region.region)
                 shape = tuple(self.names.expression(size) for size in variable.shape)
                 bits = tvm.DataType(str(variable.dtype)).bits
                 yield Access(buffer.name, writes, index, shape, bits, outermost=not buffer.slots)
