@@ -45,7 +45,6 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     started = time.perf_counter()
     limit = memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
-    target.check_lowered(spec)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
     bundle.remove_stale(out.absolute())
     with memory.Watch(limit) as watch:
@@ -83,6 +82,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 pipeline=str(pipeline),
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
+                placement=lowered.placement,
                 attention=found.heads,
                 recomputed=found.recomputed,
                 memory=figures.of_conversion(source, lowered, evidence.plan, watch)

@@ -12,10 +12,16 @@ from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
 
 # isort: split
 from porter.lower import build, plan, weights
+from porter.lower.blocks.placement import placements
+from porter.lower.blocks.profile import Profile
+from porter.lower.blocks.templates import Chip
 from porter.lower.importer.program import DTYPES, Importer
+from porter.lower.importer.templates import Host
+from porter.lower.tile.schedule import program
 from porter.target import TargetSpec
 
 LIBRARIES, WEIGHTS, PLAN = "lib", "lib/weights.bin", "plan.json"
+PROGRAM = "lib/program.txt"  # the kernels as they are scheduled, family tile
 
 
 def lower(
@@ -32,7 +38,8 @@ def lower(
     EnvironmentFailure PORT-0902.
     """
     build.check_linker()
-    imported = Importer(model, bounds).run()
+    kernels = templates(target)
+    imported = Importer(model, bounds, kernels).run()
     progress(0.1)
     target_tvm = build.tvm_target(target)
     planned = build.planned(imported.module, target_tvm, imported.sources)
@@ -42,11 +49,17 @@ def lower(
         inputs=[_interface(v) for v in inputs],
         outputs=[_interface(v) for v in model.graph.outputs],
         in_place=imported.in_place,
+        placement=placements(kernels.profile, imported.multiplied) if isinstance(kernels, Chip) else [],
     )
     plan.extract(planned.module, made, imported.parameters, planned.nodes)
     progress(0.2)
     (folder / LIBRARIES).mkdir(exist_ok=True)
-    library = build.write_library(build.compiled(planned.module, target_tvm), folder / LIBRARIES)
+    module = planned.module
+    if target.family == "tile":
+        scheduled = program(module, target, imported.bounds)
+        module = scheduled.module
+        (folder / PROGRAM).write_text(scheduled.text(), encoding="utf-8")
+    library = build.write_library(build.compiled(module, target_tvm), folder / LIBRARIES)
     made.library = f"{LIBRARIES}/{library}"
     progress(0.6)
     total = sum(p.bytes for p in imported.parameters) or 1
@@ -55,6 +68,11 @@ def lower(
     )
     (folder / PLAN).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
     return made
+
+
+def templates(target: TargetSpec) -> Host | Chip:
+    """The kernels that a target's family has."""
+    return Host() if target.family == "host" else Chip(Profile(target))
 
 
 def _interface(value: ir.Value) -> dict[str, object]:

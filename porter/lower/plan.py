@@ -18,6 +18,7 @@ from tvm import relax, tirx
 from tvm.ir import Constant, PrimType
 
 from porter.lower.weights import ALIGNMENT, Parameter, offsets
+from porter.target.placed import Placed
 
 
 @dataclass
@@ -59,10 +60,11 @@ class Plan:
     weights: list[dict[str, Any]] = field(default_factory=list)
     workspace_bytes: int = 0
     lower_bound_bytes: int = 0
+    placement: list[Placed] = field(default_factory=list)  # for the report; no runner asks
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+        """As plain data, without the placement."""
+        return {name: value for name, value in asdict(self).items() if name != "placement"}
 
 
 def extract(module: tvm.IRModule, plan: Plan, parameters: list[Parameter], nodes: list[list[str]]) -> Plan:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from porter.drift.attention import Head
     from porter.drift.compare import Comparison
     from porter.run.tally import Tally
+    from porter.target.placed import Placed
     from porter.weights.select import Kept
 
 SCHEMA = "porter.report/1"
@@ -60,8 +61,9 @@ class DriftReport:
     `recomputed` says of `passes` and `total` how often attention was computed from the exact copy of a
     certified cache; empty where there is none.
     `budget` is what was allowed of `total` and `violations` what was not kept. `kept` says which weights stay
-    floats where others were cast (`porter.weights.select.Kept`). `repeat` is the command that does all this
-    again.
+    floats where others were cast (`porter.weights.select.Kept`). `placement` says in what each class of
+    tensors is multiplied on the target; empty for family host, which computes in float32. `repeat` is the
+    command that does all this again.
     Mappings come out in the order they were given.
     """
 
@@ -76,7 +78,7 @@ class DriftReport:
     attention: Sequence[Head] = ()
     recomputed: Mapping[str, Tally] = field(default_factory=dict)
     nodes: Sequence[Mapping[str, object]] = ()
-    placement: Mapping[str, object] = field(default_factory=dict)
+    placement: Sequence[Placed] = ()
     memory: Mapping[str, Figure] = field(default_factory=dict)
     seconds: Mapping[str, Figure] = field(default_factory=dict)
     estimate: Mapping[str, object] | None = None
@@ -128,6 +130,7 @@ class DriftReport:
         phases = {name: {**d.to_json(), "kind": self.kind(name)} for name, d in self.phases.items()}
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "kinds"}
         fields |= {"drift": rows, "phases": phases, "violations": [*map(_violation, self.violations)]}
+        fields["placement"] = [placed.to_json() for placed in self.placement]
         kind = {"kind": self.kind("attention")}
         fields["attention"] = [dataclasses.asdict(head) | kind for head in self.attention]
         fields["recomputed"] = {

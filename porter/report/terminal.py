@@ -56,6 +56,8 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         yield _stages(report)
     if report.kept:
         yield Text(f" {kept(report)}")
+    for placed in report.placement:
+        yield Text(f" {clean(str(placed))}")
     if report.memory or report.seconds or report.estimate:
         yield _figures(report)
     yield Text(verdict(report), style="bold green" if report.ok and report.budget else _warn(report))

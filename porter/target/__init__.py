@@ -2,14 +2,13 @@
 
 from porter.target.figure import Figure
 from porter.target.placing import Placement, placement
-from porter.target.reading import check_lowered, load, names
+from porter.target.reading import load, names
 from porter.target.spec import TargetSpec, figures
 
 __all__ = [
     "Figure",
     "Placement",
     "TargetSpec",
-    "check_lowered",
     "figures",
     "load",
     "names",

@@ -16,7 +16,6 @@ from porter.target.spec import TargetSpec
 
 # What a file that is silent has from host: the kernels are the same templates on every target.
 SHARED = ("pipeline", "weights", "kv")
-LOWERED = ("host",)  # families that porter compiles for
 
 
 def names() -> list[str]:
@@ -38,14 +37,6 @@ def load(name: str) -> TargetSpec:
     if not path.is_file():
         raise SpecError("PORT-0301", "there is no such target file", where=name)
     return _parsed(path.read_bytes(), name)
-
-
-def check_lowered(spec: TargetSpec) -> None:
-    """Raise SpecError PORT-0308 for a target that porter describes but does not compile for."""
-    if spec.family not in LOWERED:
-        what = f"porter does not compile for {spec.name} yet: its family is {spec.family}"
-        hint = f"port to host, or see what is known of it: porter targets {spec.name}"
-        raise SpecError("PORT-0308", what, where="--target", hint=hint)
 
 
 @functools.cache

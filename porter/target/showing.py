@@ -8,14 +8,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from porter.target.figure import Figure
-from porter.target.reading import LOWERED
 from porter.target.spec import TargetSpec
 
 COLUMNS = ("name", "family", "memory", "TB/s", "bf16", "fp8", "int8", "fp4", "USD/h", "summary")
 NOTE = (
     "bf16, fp8, int8, fp4: peak TFLOP/s or TOP/s, dense, of what is multiplied as it is stored.\n"
     "USD/h: a chip's, on demand (*: spot or reserved). –: none, or not known.\n"
-    f"porter compiles for family {', '.join(LOWERED)}; the others are described."
+    "A conversion for family tile or simt runs on this machine, in the numerics of the target."
 )
 _RATES: dict[str, Callable[[str], bool]] = {
     "bf16": lambda name: name == "bf16",
@@ -38,7 +37,6 @@ def summary(spec: TargetSpec) -> dict[str, Any]:
         "name": spec.name,
         "family": spec.family,
         "summary": spec.summary,
-        "compiled": spec.family in LOWERED,
         "memory_bytes": outer.size.value if outer else None,
         "bandwidth_bytes_per_s": outer.bandwidth.value if outer and outer.bandwidth else None,
         "flop_per_s": rates,

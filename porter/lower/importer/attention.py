@@ -16,12 +16,11 @@ from porter.lower.importer.precision import cast, in_float32
 from porter.lower.importer.program import Importer
 from porter.lower.importer.quantized import shape_of
 from porter.lower.importer.residual import extended, joined_halves, source
+from porter.lower.importer.templates import Multiplied
 from porter.lower.importer.values import Quantized, StoredCache, Value
 from porter.lower.kernels import attention as kernels
-from porter.lower.kernels.cache import append
-from porter.lower.kernels.norm import rms_norm
+from porter.lower.kernels.naming import format_of
 from porter.lower.kernels.residual import Residual
-from porter.lower.kernels.rotary import rotary
 from porter.lower.kernels.stored import Source
 
 op = relax.op
@@ -66,7 +65,9 @@ def _attention(
     if mask is not None:
         tensor, spec = masking(imp, mask, spec, [batch, heads, steps, k_dims[2]])
         args.append(tensor)
-    kernel = imp.kernel(("attention", spec), lambda: kernels.attention(spec))
+    for name, side, read in (("keys", key, keys), ("values", value, values)):
+        imp.multiplied[imp.current, name] = Multiplied("cache", _stored_as(side, read))
+    kernel = imp.kernel(("attention", spec), lambda: imp.templates.attention(spec))
     y = imp.call(kernel, args, [batch, heads, steps, values.width], "float32")
     y = joined_halves(imp, y) if isinstance(values, Residual) else y
     return _folded(imp, y) if folded else y, key, value
@@ -101,9 +102,10 @@ def _reading(
 ) -> tuple[Source, list[relax.Expr], list[Any]]:
     """How the kernel reads keys or values, its arguments, and their dimensions as floats. A stored cache is
     read as it is where its rows are as long as the attention's."""
-    if isinstance(value, StoredCache) and value.total is total:
+    coded = imp.templates.reads_caches
+    if coded and isinstance(value, StoredCache) and value.total is total:
         return source(value), list(value.args), list(value.shape)
-    if isinstance(value, Quantized):
+    if coded and isinstance(value, Quantized):
         dims = shape_of(imp, value)
         one_scale_per_token = len(dims) == 4 and value.axis == 3 and value.block == dims[3]
         known = value.codec in ("int8", "int4", "e4m3fn", "e5m2") and value.zeros is None
@@ -114,6 +116,13 @@ def _reading(
     narrow = _narrow(imp, tensor)
     codec = {"float16": "fp16", "bfloat16": "bf16"}.get(str(narrow.ty.dtype), "fp32")
     return kernels.Cache(codec, imp.shape(tensor)[3]), [narrow], imp.shape(tensor)
+
+
+def _stored_as(value: Value, read: Source) -> str:
+    """The format of a cache, also of one that was widened before attention reads it."""
+    if isinstance(value, StoredCache):
+        return format_of(value.spec.label)
+    return format_of(value.codec if isinstance(value, Quantized) else read.label)
 
 
 def _narrow(imp: Importer, tensor: relax.Expr) -> relax.Expr:
@@ -155,7 +164,7 @@ def _rms_norm(imp: Importer, node: ir.Node, x: Value, scale: Value) -> Value:
             "PORT-0415", "an RMSNormalization over a symbolic axis has no lowering", where=imp.current
         )
     epsilon = float(attribute(node, "epsilon", 1e-5))
-    kernel = imp.kernel(("rms_norm", width, epsilon), lambda: rms_norm(width, epsilon))
+    kernel = imp.kernel(("rms_norm", width, epsilon), lambda: imp.templates.rms_norm(width, epsilon))
     flat = imp.emit(op.reshape(tensor, [imp.dim(rows), imp.dim(width)]))
     y = imp.call(kernel, [flat, _spread(imp, scale, dims[axis:], width)], [rows, width], "float32")
     return imp.emit(op.reshape(y, [imp.dim(d) for d in dims]))
@@ -184,7 +193,10 @@ def _rotary(
     cos_batch = 1 if positions is None and imp.same(rows, 1) else "b"
     key = ("rotary", heads, width, rotated, interleaved, table, cos_batch)
     kernel = imp.kernel(
-        key, lambda: rotary(heads, width, rotated, interleaved=interleaved, table=table, cos_batch=cos_batch)
+        key,
+        lambda: imp.templates.rotary(
+            heads, width, rotated, interleaved=interleaved, table=table, cos_batch=cos_batch
+        ),
     )
     args = [query, c, s, *([cast(imp, imp.tensor(positions), "int64")] if positions is not None else [])]
     y = imp.call(kernel, args, [batch, heads, steps, width], "float32")
@@ -209,7 +221,7 @@ def _scatter(imp: Importer, node: ir.Node, past: Value, update: Value, starts: V
         else imp.emit(op.zeros([imp.dim(batch)], "int64"))
     )
     key = ("append", heads, capacity, width, dtype, circular)
-    kernel = imp.kernel(key, lambda: append(heads, capacity, width, dtype, circular=circular))
+    kernel = imp.kernel(key, lambda: imp.templates.append(heads, capacity, width, dtype, circular=circular))
     return imp.overwrite(
         kernel, [cache if lent else imp.copied(cache), new, first], node.inputs[0].name if lent else None
     )

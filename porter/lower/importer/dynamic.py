@@ -17,7 +17,7 @@ from porter.lower.importer.precision import cast
 from porter.lower.importer.program import Importer
 from porter.lower.importer.quantized import nonzero, rounded
 from porter.lower.importer.values import Quantized, Value, Weight
-from porter.lower.kernels.products import Activation, exact, products
+from porter.lower.kernels.products import Activation, exact
 
 op = relax.op
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
@@ -59,6 +59,7 @@ def _matmul_integer(
     a_zero, b_zero = nonzero(imp, a_zero), nonzero(imp, b_zero)
     rows = _rows(b, b_zero)
     layout = None if rows is None else layout_of(rows)
+    layout = None if layout is None else imp.templates.layout(layout)
     scalar = a_zero is None or imp.product(imp.shape(a_zero)) == 1
     if layout is None or not scalar or len(imp.shape(a)) < 2:
         return _plainly(imp, a, b, a_zero, b_zero)
@@ -73,7 +74,9 @@ def _matmul_integer(
     if a_zero is not None:
         zero = flattened(imp, cast(imp, imp.tensor(a_zero), "int32"), [1, 1])
         arguments.append(imp.emit(op.broadcast_to(zero, one)))
-    kernel = imp.kernel(("products", layout, spec, "int32"), lambda: products(layout, spec, "int32"))
+    kernel = imp.kernel(
+        ("products", layout, spec, "int32"), lambda: imp.templates.products(layout, spec, "int32")
+    )
     y = imp.call(kernel, [*arguments, *packed(imp, rows, layout)], [count, layout.n], "int32")
     return flattened(imp, y, [*lead, layout.n])
 

@@ -6,11 +6,10 @@ from tvm import relax
 
 from porter.lower.importer.broadcast import agreed, broadcast_dims
 from porter.lower.importer.gathers import checked
-from porter.lower.importer.linear import flattened, layout_for, packed
+from porter.lower.importer.linear import flattened, layout_for, multiplied, packed
 from porter.lower.importer.precision import cast
 from porter.lower.importer.program import Importer
 from porter.lower.importer.values import Picked, Quantized, Value, Weight
-from porter.lower.kernels import gather, matmul
 
 op = relax.op
 
@@ -42,8 +41,10 @@ def stacked(imp: Importer, a: Value, b: Weight | Quantized | Picked) -> relax.Ex
     x = flattened(imp, x, [1 if shared else count, m, layout.k])
     picked = isinstance(b, Picked)
     kernel = imp.kernel(
-        ("stacked", layout, picked, shared), lambda: matmul.stacked(layout, picked=picked, shared=shared)
+        ("stacked", layout, picked, shared),
+        lambda: imp.templates.stacked(layout, picked=picked, shared=shared),
     )
+    multiplied(imp, rows, layout)
     ids = [_ids(imp, b, over, whole, count)] if picked else []
     y = imp.call(kernel, [*ids, x, *packed(imp, rows, layout)], [count, m, layout.n], "float32")
     return flattened(imp, cast(imp, y, dtype), [*outer, layout.n])
@@ -67,7 +68,7 @@ def matrices(imp: Importer, picked: Picked) -> relax.Expr:
     else:
         ids = cast(imp, imp.tensor(picked.ids), "int64")
         over, count = imp.shape(ids), imp.product(imp.shape(ids))
-        kernel = imp.kernel(("matrices", layout), lambda: gather.matrices(layout))
+        kernel = imp.kernel(("matrices", layout), lambda: imp.templates.matrices(layout))
         arguments = [flattened(imp, ids, [count]), *packed(imp, picked.stack, layout)]
         found = imp.call(kernel, arguments, [count, layout.n, layout.k], "float32")
         found = cast(imp, flattened(imp, found, [*over, layout.n, layout.k]), imp.dtype(picked.stack))

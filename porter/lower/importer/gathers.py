@@ -14,7 +14,6 @@ from porter.lower.importer.linear import flattened, is_matrix, layout_for, packe
 from porter.lower.importer.precision import cast
 from porter.lower.importer.program import Importer
 from porter.lower.importer.values import Ints, Picked, Quantized, Value, Weight
-from porter.lower.kernels import gather as kernels
 from porter.lower.kernels import integers
 from porter.lower.kernels.layout import Layout
 
@@ -77,7 +76,7 @@ def _rows(imp: Importer, table: Weight | Quantized, layout: Layout, indices: rel
     indices = cast(imp, indices, "int64")
     lead = imp.shape(indices)
     count = imp.product(lead)
-    kernel = imp.kernel(("gather", layout), lambda: kernels.gather(layout))
+    kernel = imp.kernel(("gather", layout), lambda: imp.templates.gather(layout))
     arguments = [flattened(imp, indices, [count]), *packed(imp, table, layout)]
     y = imp.call(kernel, arguments, [count, layout.k], "float32")
     return cast(imp, flattened(imp, y, [*lead, layout.k]), imp.dtype(table))

@@ -16,11 +16,12 @@ from porter.lower.importer.constants import arrays, layout_of
 from porter.lower.importer.precision import cast, in_float32
 from porter.lower.importer.program import Importer
 from porter.lower.importer.quantized import expand
+from porter.lower.importer.templates import Multiplied
 from porter.lower.importer.values import Ints, Picked, Quantized, Value, Weight
-from porter.lower.kernels import matmul as kernels
 from porter.lower.kernels.codecs import CODECS
 from porter.lower.kernels.layout import Layout
-from porter.lower.kernels.products import Activation, fits, products
+from porter.lower.kernels.naming import format_name, format_of
+from porter.lower.kernels.products import Activation, fits
 
 op = relax.op
 
@@ -40,10 +41,11 @@ def layout_for(imp: Importer, rows: Value) -> Layout | None:
     if not is_matrix(imp, rows) or 0 in imp.shape(rows):
         return None
     if isinstance(rows, Quantized):
-        return layout_of(rows)
-    return Layout(
-        FLOAT_CODECS[rows.type], *rows.shape[-2:], stack=rows.shape[0] if len(rows.shape) == 3 else 1
-    )
+        found = layout_of(rows)
+    else:
+        stack = rows.shape[0] if len(rows.shape) == 3 else 1
+        found = Layout(FLOAT_CODECS[rows.type], *rows.shape[-2:], stack=stack)
+    return None if found is None else imp.templates.layout(found)
 
 
 def packed(imp: Importer, rows: Weight | Quantized, layout: Layout) -> list[relax.Var]:
@@ -77,12 +79,20 @@ def _matmul(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
     if coded is None:
         x = cast(imp, agreed(imp, imp.tensor(a), [*lead, layout.k]), "float32")
         arguments = [flattened(imp, x, [count, layout.k])]
-        kernel = imp.kernel(("matmul", layout), lambda: kernels.matmul(layout))
+        kernel = imp.kernel(("matmul", layout), lambda: imp.templates.matmul(layout))
+        multiplied(imp, rows, layout)
     else:
         spec, arguments = coded
-        kernel = imp.kernel(("products", layout, spec), lambda: products(layout, spec))
+        kernel = imp.kernel(("products", layout, spec), lambda: imp.templates.products(layout, spec))
+        multiplied(imp, rows, layout, a.codec)
     y = imp.call(kernel, [*arguments, *packed(imp, rows, layout)], [count, layout.n], "float32")
     return flattened(imp, cast(imp, y, dtype), [*lead, layout.n])
+
+
+def multiplied(imp: Importer, rows: Weight | Quantized, layout: Layout, codec: str = "") -> None:
+    """Note that a constant matrix is multiplied, by floats or by codes."""
+    activations = format_of(codec) if codec else ""
+    imp.multiplied[rows, activations] = Multiplied("weights", format_name(layout), activations)
 
 
 def flattened(imp: Importer, x: relax.Expr, dims: list[Any]) -> relax.Expr:
@@ -99,8 +109,8 @@ def _coded(imp: Importer, a: Value, layout: Layout, count: Any) -> tuple[Activat
         return None
     dims = imp.shape(a)
     block = layout.k if a.axis == -1 else min(a.block, layout.k)
-    integer = CODECS[a.codec].integer is not None
-    spec = Activation(a.codec if integer else "fp32", block or layout.k, a.zeros is not None)
+    kept = CODECS[a.codec].integer is not None or imp.templates.keeps_codes
+    spec = Activation(a.codec if kept else "fp32", block or layout.k, a.zeros is not None)
     if (a.axis != -1 and (not a.block or a.axis != len(dims) - 1)) or not fits(layout, spec):
         return None
     groups = -(-layout.k // spec.group)
@@ -112,7 +122,7 @@ def _coded(imp: Importer, a: Value, layout: Layout, count: Any) -> tuple[Activat
         return imp.emit(op.broadcast_to(flattened(imp, tensor, [1, 1]), [imp.dim(count), imp.dim(1)]))
 
     # 8-bit floats are widened once, not for every column that they meet; their products stay exact.
-    codes = a.codes if integer else expand(imp, replace(a, scales=None, zeros=None))
+    codes = a.codes if kept else expand(imp, replace(a, scales=None, zeros=None))
     codes = agreed(imp, codes, [*dims[:-1], layout.k])
     arguments = [flattened(imp, codes, [count, layout.k]), per_row(a.scales, "float32")]
     return spec, arguments if a.zeros is None else [*arguments, per_row(a.zeros, "int32")]
@@ -129,7 +139,34 @@ def _general(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
             agreed(imp, x, [*_kept(p[:-2], lead), *p[-2:]]),
             agreed(imp, y, [*_kept(q[:-2], lead), p[-1], q[-1]]),
         )
-    return imp.emit(op.matmul(x, y))
+    return product_of(imp, x, y)
+
+
+def product_of(imp: Importer, x: relax.Expr, y: relax.Expr) -> relax.Var:
+    """numpy's matmul of two float32 tensors."""
+    p, q = imp.shape(x), imp.shape(y)
+    rows, columns = [1, *p][-2:], [*q, 1][-2:] if len(q) == 1 else q[-2:]
+    sizes = [
+        d if isinstance(d, int) else name for d, name in ((rows[0], "m"), (rows[1], "k"), (columns[1], "n"))
+    ]
+    func = imp.templates.pairs(*sizes)
+    if func is None:
+        return imp.emit(op.matmul(x, y))
+    imp.multiplied[imp.current, len(imp.multiplied)] = Multiplied("tensors", "fp32")
+    lead = broadcast_dims(imp, p[:-2], q[:-2])
+    count = imp.product(lead)
+    x, y = (
+        flattened(imp, imp.emit(op.broadcast_to(t, [imp.dim(d) for d in [*lead, *last]])), [count, *last])
+        for t, last in (
+            (flattened(imp, x, [*p[:-2], *rows]), rows),
+            (flattened(imp, y, [*q[:-2], *columns]), columns),
+        )
+    )
+    kernel = imp.kernel(("pairs", *sizes), lambda: func)
+    found = imp.call(kernel, [x, y], [count, rows[0], columns[1]], "float32")
+    return flattened(
+        imp, found, [*lead, *([rows[0]] if len(p) > 1 else []), *([columns[1]] if len(q) > 1 else [])]
+    )
 
 
 def _kept(dims: list[Any], whole: list[Any]) -> list[Any]:

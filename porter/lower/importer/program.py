@@ -14,6 +14,7 @@ from tvm.ir import Constant, Expr
 
 from porter.errors import ModelError, PorterError, TargetError
 from porter.lower.importer.dimensions import Dimensions
+from porter.lower.importer.templates import Host, Multiplied, Templates
 from porter.lower.importer.values import Ints, Picked, Quantized, Sequence, StoredCache, Value, Weight
 from porter.lower.kernels import integers
 from porter.lower.kernels.copy import copied
@@ -50,14 +51,19 @@ class Imported:
     in_place: dict[str, str]
     sources: dict[str, str]  # variable of `main` -> the ONNX node that it is a result of
     bounds: dict[str, int]  # of the symbolic dimensions in use
+    multiplied: list[Multiplied]  # one entry for each weight, cache and pair of tensors in a product
 
 
 class Importer:
     """Holds what the operator functions share: the block builder, known values, weights and kernels."""
 
-    def __init__(self, model: ir.Model, bounds: dict[str, int]) -> None:
-        """`bounds` has the largest value of every symbolic dimension: memory is planned for them."""
+    def __init__(self, model: ir.Model, bounds: dict[str, int], templates: Templates | None = None) -> None:
+        """`bounds` has the largest value of every symbolic dimension: memory is planned for them.
+
+        `templates` makes the kernels, those of the host unless others are given.
+        """
         self.model = model
+        self.templates: Templates = templates or Host()
         self.opset = model.opset_imports.get("", OLDEST)
         self.builder = relax.BlockBuilder()
         self.given = [v for v in model.graph.inputs if not v.is_initializer()]
@@ -70,6 +76,7 @@ class Importer:
         self.weights = Weights()
         self.in_place: dict[str, str] = {}
         self.sources: dict[str, str] = {}
+        self.multiplied: dict[Hashable, Multiplied] = {}
         self.current = ""  # the node being imported, for messages
         self._values: dict[ir.Value, Value] = {}
         self._kernels: dict[Hashable, relax.GlobalVar] = {}
@@ -100,6 +107,7 @@ class Importer:
             self.in_place,
             self.sources,
             self.dimensions.upper,
+            list(self.multiplied.values()),
         )
 
     # What operator functions use.

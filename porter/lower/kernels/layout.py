@@ -26,8 +26,9 @@ class Layout:
     """A weight [n, k], or [stack, n, k]; it stands for (element - zero) * 2^-shift * (scale * factor).
 
     `group` codes along k share a scale (0: there are no scales), and so do `rows` rows: 1, a multiple of
-    LANES, or 0 for all of them. `scale` and `zero` name the codecs of those ("" for no zero points), and
+    `lanes`, or 0 for all of them. `scale` and `zero` name the codecs of those ("" for no zero points), and
     `micro` neighbours along k share a bit that halves them (0: none). `factor`: all scales share a float32.
+    `lanes` rows make a block; with 1 every row of W lies by itself.
     """
 
     codec_name: str
@@ -40,9 +41,10 @@ class Layout:
     micro: int = 0
     factor: bool = False
     stack: int = 1
+    lanes: int = LANES
 
     def __post_init__(self) -> None:
-        assert self.rows % LANES == 0 or self.rows == 1, self
+        assert self.rows % self.lanes == 0 or self.rows == 1, self
         assert self.group or not (self.zero or self.factor or self.micro), self
 
     @property
@@ -58,8 +60,8 @@ class Layout:
 
     @property
     def blocks(self) -> int:
-        """Blocks of LANES rows of one matrix, the last one padded."""
-        return -(-self.n // LANES)
+        """Blocks of `lanes` rows of one matrix, the last one padded."""
+        return -(-self.n // self.lanes)
 
     @property
     def groups(self) -> int:
@@ -68,7 +70,7 @@ class Layout:
 
     @property
     def row_groups(self) -> int:
-        """Entries of one matrix's scales along n; with a scale for each row, blocks of LANES of them."""
+        """Entries of one matrix's scales along n; with a scale for each row, blocks of them."""
         return self.blocks if self.rows == 1 else -(-self.n // self.rows) if self.rows else 1
 
     @property
@@ -95,16 +97,16 @@ class Layout:
 
     def buffers(self) -> list[Spec]:
         """The packed weight's buffers: `w`, and `scale`, `zero`, `shift` and `factor` where there are any."""
-        blocks, lanes = self.stack * self.blocks, LANES if self.rows == 1 else 1
+        blocks, lanes = self.stack * self.blocks, self.lanes if self.rows == 1 else 1
         per_group = (self.stack * self.row_groups, self.groups, lanes)
-        found: list[Spec] = [("w", (blocks, self.words, LANES), self.codec.storage)]
+        found: list[Spec] = [("w", (blocks, self.words, self.lanes), self.codec.storage)]
         if self.group:
             found.append(("scale", per_group, CODECS[self.scale].storage))
         if self.zero:
             found.append(("zero", per_group, CODECS[self.zero].storage))
         if self.micro:
             words = CODECS["halving"].words(-(-self.k // self.micro))
-            found.append(("shift", (blocks, words, LANES), "uint8"))
+            found.append(("shift", (blocks, words, self.lanes), "uint8"))
         if self.factor:
             found.append(("factor", (1,), "float32"))
         return found
@@ -139,11 +141,11 @@ class Layout:
         return _stored(values, storage).reshape(self.stack * self.row_groups, self.groups, 1)
 
     def _interleaved(self, rows: np.ndarray, storage: str) -> np.ndarray:
-        """[stack, n, w] -> [stack * blocks, w, LANES], rows padded with zeros."""
+        """[stack, n, w] -> [stack * blocks, w, lanes], rows padded with zeros."""
         rows = _stored(rows, storage)
-        padded = np.zeros((self.stack, self.blocks * LANES, rows.shape[-1]), rows.dtype)
+        padded = np.zeros((self.stack, self.blocks * self.lanes, rows.shape[-1]), rows.dtype)
         padded[:, : self.n] = rows
-        apart = padded.reshape(self.stack * self.blocks, LANES, -1)
+        apart = padded.reshape(self.stack * self.blocks, self.lanes, -1)
         return np.ascontiguousarray(apart.transpose(0, 2, 1))
 
 

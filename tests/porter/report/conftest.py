@@ -7,6 +7,7 @@ import pytest
 from porter.drift.attention import Head
 from porter.drift.measures import Drift
 from porter.report.report import DriftReport, Figure, Stage
+from porter.target.placed import Placed
 
 
 def drift(kl=0.0123, **other):
@@ -69,7 +70,11 @@ def report(**changes):
             | {"sqnr_local_db": 21.2, "sqnr_db": 19.9},
             {"name": "lm_head", "op": "MatMul", "sqnr_local_db": None, "sqnr_db": 41.0},
         ],
-        "placement": {"matmul": "matrix unit"},
+        "placement": [
+            Placed("weights", "int4-g32", 112, "widened", "bf16", "matrix"),
+            Placed("activations", "fp32", 112, "emulated", "bf16", "matrix"),
+            Placed("rest", "fp32", 0, "native", "fp32", "vector"),
+        ],
         "memory": {
             "weights": Figure(183_000, "bytes", "measured"),
             "workspace": Figure(2.5e6, "bytes", "estimated"),

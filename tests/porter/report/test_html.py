@@ -9,6 +9,7 @@ from porter.drift.measures import Drift
 from porter.report.chart import chart
 from porter.report.html import to_html
 from porter.report.report import DriftReport
+from porter.target.placed import Placed
 
 VOID = {"meta", "line", "circle", "polyline", "link", "img", "br"}
 
@@ -97,7 +98,7 @@ def test_hostile_strings_stay_text(make_report):
             stages=[stage],
             feeds={"kind": EVIL, "source": EVIL, "sequences": EVIL, "tokens": EVIL, "short": EVIL},
             nodes=[dict.fromkeys(("name", "op", "pass", "kernel"), EVIL), {"name": "b"}],
-            placement={EVIL: EVIL},
+            placement=[Placed("weights", EVIL, 1, "native", EVIL, "matrix", EVIL)],
             versions={EVIL: EVIL},
             estimate={"kind": EVIL, EVIL: EVIL},
             drift=make_report().drift | {EVIL: Drift(kl_mean=0.1)},

@@ -144,7 +144,6 @@ def test_the_table_as_json(run) -> None:
     rows = json.loads(out)
     schema("targets.schema.json").validate(rows)
     assert [r["name"] for r in rows] == target.names()
-    assert [r["name"] for r in rows if r["compiled"]] == ["host"]
     (h100,) = (r for r in rows if r["name"] == "h100")
     assert h100["flop_per_s"] == {"bf16": 989e12, "fp8": 1979e12, "int8": 1979e12, "fp4": None}
     assert (h100["memory_bytes"], h100["bandwidth_bytes_per_s"]) == (80_000_000_000, 3.35e12)
@@ -216,12 +215,3 @@ def test_a_mistake_in_ones_own_file_is_one_line(tmp_path: Path, monkeypatch: pyt
         "porter: PORT-0303: memory.hbm.bandwidth: '2 TB' is a number of B; write it with one of B/s"
     )
     assert err.endswith("[mychip.toml]\n")
-
-
-@pytest.mark.parametrize("name", [n for n in target.names() if n != "host"])
-def test_a_conversion_for_a_chip_is_refused_before_any_work(name: str, run, tmp_path: Path) -> None:
-    code, out, err = run("convert", "missing.onnx", "--target", name, "-o", tmp_path / "b")
-    assert (code, out) == (1, "")
-    assert err.startswith(f"porter: PORT-0308: porter does not compile for {name} yet")
-    assert err.count("\n") == 1
-    assert not (tmp_path / "b").exists()

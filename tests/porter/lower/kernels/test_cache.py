@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from kernels import built
 
-from porter.lower.kernels.cache import append
+from porter.lower.blocks import vector
+from porter.lower.kernels import cache as host
 from porter.lower.kernels.define import tvm
 
 HEADS, CAPACITY, WIDTH = 2, 8, 3
@@ -12,9 +13,11 @@ GUARD = 4096  # bytes before and behind the cache
 CASES = [(d, c) for d in ("float32", "int8", "uint8", "float16") for c in (False, True)]
 
 
-@pytest.fixture(scope="module")
-def kernels() -> dict:
-    made = (append(HEADS, CAPACITY, WIDTH, dtype, circular=circular) for dtype, circular in CASES)
+@pytest.fixture(scope="module", params=[host, vector], ids=["host", "blocks"])
+def kernels(request: pytest.FixtureRequest) -> dict:
+    made = (
+        request.param.append(HEADS, CAPACITY, WIDTH, dtype, circular=circular) for dtype, circular in CASES
+    )
     return dict(zip(CASES, built(made), strict=True))
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from kernels import UNIT, built
 
-from porter.lower.kernels.rotary import rotary
+from porter.lower.blocks import vector
+from porter.lower.kernels import rotary as host
 
 BATCH, HEADS, STEPS, ROWS = 3, 2, 4, 9
 # width, rotated channels, interleaved, table, batch of the cosines
@@ -16,9 +17,9 @@ CASES = [
 ] + [(8, 8, False, "rows", "b"), (8, 8, False, None, 1), (8, 4, True, None, 1)]
 
 
-@pytest.fixture(scope="module")
-def kernels() -> dict:
-    made = (rotary(HEADS, w, r, interleaved=i, table=t, cos_batch=c) for w, r, i, t, c in CASES)
+@pytest.fixture(scope="module", params=[host, vector], ids=["host", "blocks"])
+def kernels(request: pytest.FixtureRequest) -> dict:
+    made = (request.param.rotary(HEADS, w, r, interleaved=i, table=t, cos_batch=c) for w, r, i, t, c in CASES)
     return dict(zip(CASES, built(made), strict=True))
 
 
