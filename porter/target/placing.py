@@ -42,19 +42,21 @@ def placement(spec: TargetSpec, weights: str, activations: str = "") -> Placemen
     native = _among(name, spec.matrix.formats) if spec.matrix else ""
     if native and (name in WIDE or same(name, other) or _mixes(spec, other, name)):
         return Placement(native, "native", "matrix")
-    if found := _ruled(spec, name):
+    if found := _ruled(spec, name, other):
         return found
     if spec.vector and name in spec.vector.formats.value:
         return Placement(name, "native", "vector")
-    return _ruled(spec, class_of(name))
+    return _ruled(spec, class_of(name), other)
 
 
-def _ruled(spec: TargetSpec, key: str) -> Placement | None:
-    """What the numeric profile says of a format or a class."""
+def _ruled(spec: TargetSpec, key: str, activations: str) -> Placement | None:
+    """What the numeric profile says of a format or a class, where such activations can be multiplied so."""
     rules = spec.numerics
     for how, table in (("widened", rules.widened), ("emulated", rules.emulated)) if rules else ():
         if key in table:
             to = str(table[key].value)
+            if to not in (*WIDE, TF32) and not (activations and holds(to, activations)):
+                continue
             on_matrix = spec.matrix is not None and to in spec.matrix.formats
             return Placement(to, how, "matrix" if on_matrix else "vector")
     return None

@@ -34,15 +34,12 @@ class Profile:
         return found
 
     def unit(self, weights: str, activations: str = "") -> Unit:
-        """What multiplies them. Raises TargetError PORT-0430, and PORT-0431 when the place is a format that
-        kernels do not multiply."""
+        """What multiplies them. Raises TargetError PORT-0430."""
         place = self.placed(weights, activations)
-        right = self._operand(place.format, weights)
+        right = self._operand(place.format)
         left = right
         if right.coded and codec_of(activations) != codec_of(right.form):
-            if place.how != "native":
-                raise self._refused(f"{place.format} with activations that are not", weights)
-            left = self._operand(activations or "bf16", weights)  # two native formats that mix
+            left = self._operand(activations or "bf16")  # of two native formats that mix
         step, accumulator = VECTOR_STEP, "fp32"
         if place.unit == "matrix":
             assert self.spec.matrix is not None
@@ -53,13 +50,8 @@ class Profile:
             accumulator = "fp32"
         return Unit(left, right, step, accumulator, place.format if place.unit == "matrix" else "")
 
-    def _operand(self, form: str, weights: str) -> Operand:
+    def _operand(self, form: str) -> Operand:
         rules = self.spec.numerics
         assert rules is not None
-        if form not in MANTISSA and codec_of(form) not in CODECS:
-            raise self._refused(form, weights)
+        assert form in MANTISSA or codec_of(form) in CODECS, form  # no activations come in blocks
         return Operand(form, bool(rules.saturates.value), str(rules.subnormals.value) == "flush")
-
-    def _refused(self, form: str, weights: str) -> TargetError:
-        what = f"kernels multiply no operands in {form}, where {self.spec.name} places {weights}"
-        return TargetError("PORT-0431", what, hint="choose other weights or activations")

@@ -143,7 +143,9 @@ def _general(imp: Importer, node: ir.Node, a: Value, b: Value) -> Value:
 
 
 def product_of(imp: Importer, x: relax.Expr, y: relax.Expr) -> relax.Var:
-    """numpy's matmul of two float32 tensors."""
+    """numpy's matmul of two tensors; floats are float32."""
+    if str(x.ty.dtype) != "float32":  # integers: no matter of rounding
+        return imp.emit(op.matmul(x, y))
     p, q = imp.shape(x), imp.shape(y)
     rows, columns = [1, *p][-2:], [*q, 1][-2:] if len(q) == 1 else q[-2:]
     sizes = [
