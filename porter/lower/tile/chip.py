@@ -1,4 +1,4 @@
-"""Chip: what a schedule reads of a target: levels and the way between them, cores, unit steps, what bytes take."""
+"""Chip: what a schedule reads of a target: memories and the way between them, cores, steps of its unit."""
 
 from __future__ import annotations
 
