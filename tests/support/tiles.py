@@ -7,11 +7,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import tvm
+import tvm_ffi
 from kernels import built
 from tvm import s_tir, tirx
 
-import tvm
-import tvm_ffi
 from porter import target
 from porter.lower.tile.schedule import scheduled
 from porter.target import TargetSpec

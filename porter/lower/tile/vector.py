@@ -169,6 +169,8 @@ class _Schedule:
     def _tile(self, nest: Nest, before: list[Any]) -> tuple[int, int]:
         """(axis that is cut, elements of it in a tile); axes within it are whole, those around it single."""
         spatial = [i for i, a in enumerate(nest.block.iter_vars) if a.iter_type == tirx.IterVar.DataPar]
+        if not spatial:
+            raise ValueError(f"{nest.name} makes one number of a whole tensor")
         sizes = [loop.extent for loop in nest.loops]
         may = self._free(nest, before, spatial)
         inner = math.prod(int(s) for i, s in enumerate(sizes) if i > may and isinstance(s, tirx.IntImm))

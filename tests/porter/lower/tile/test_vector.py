@@ -5,8 +5,10 @@ import pytest
 from tiles import CHIPS, both, chip
 from tvm import te, tirx, topi
 
+from porter.errors import TargetError
 from porter.lower.blocks import vector
 from porter.lower.kernels.layout import Layout
+from porter.lower.tile.schedule import scheduled
 
 RNG = np.random.default_rng(0)
 BOUNDS = {"b": 3, "s": 64, "m": 64, "t": 4}
@@ -92,7 +94,6 @@ def test_tvms_operators(name: str) -> None:
             (1, 60),
         ),
         "known": (kernel(lambda x: topi.exp(x), (sixty, whole)), [(60, 1000)], (60, 1000)),
-        "all": (kernel(lambda x: topi.sum(x), (sixty, whole)), [(60, 1000)], ()),
     }
     for case, (function, shapes, out) in cases.items():
         before, after = both(function, chip(name), BOUNDS)
@@ -104,3 +105,9 @@ def test_tvms_operators(name: str) -> None:
             wanted = wide / wide.sum(-1, keepdims=True)
             # TVM's exp is within some units; the sum of 1000 terms rounds at each.
             assert np.all(np.abs(got - wanted) <= 1020 * 2.0**-24 * wanted)
+
+
+def test_one_number_of_a_whole_tensor_is_refused() -> None:
+    function = kernel(lambda x: topi.sum(x), (tirx.IntImm("int64", 6), tirx.IntImm("int64", 10)))
+    with pytest.raises(TargetError, match=r"PORT-0438: total cannot be scheduled .*one number of a whole"):
+        scheduled(function, "total", chip("maia-200"), {})
