@@ -8,8 +8,8 @@
         for piece of the cache:   V inwards; product_1                           sums in the accumulators
         y_divide;                                                                y outwards
 
-Queries of all heads that share keys are rows of one unit step. The cache is longer than a core's memory, so it
-comes in pieces; one row of scores is not, and is refused where it does not fit.
+Queries of all heads that share keys are rows of one unit step. The cache is longer than a core's memory,
+so it comes in pieces; one row of scores is not, and is refused where it does not fit.
 """
 
 from __future__ import annotations

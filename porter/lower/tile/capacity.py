@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from tvm.ir.expr import TensorLoad
 from porter.errors import TargetError
 from porter.lower.tile.chip import SCOPE, Chip, bits, width
 from porter.lower.tile.nests import substituted
-from porter.lower.tile.staging import CORES, MATRIX, SLOTS
+from porter.lower.tile.staging import CORES, MATRIX, MNK, SLOTS
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,26 @@ def check(function: tirx.PrimFunc, name: str, chip: Chip, bounds: Mapping[str, i
             what += f"{top.bytes:,} ({shape}, {top.slots} slot{'s' * (top.slots > 1)})"
             hint = "convert with a shorter context or narrower weights, or port to a chip with more memory"
             raise TargetError("PORT-0435", what, where=f"{chip.spec.name}: {level}", hint=hint)
+    _check_steps(function, name, chip)
+
+
+def _check_steps(function: tirx.PrimFunc, name: str, chip: Chip) -> None:
+    limits, blocks = chip.spec.limits, []
+    tvm_ffi.structural_walk(function.body, (s_tir.SBlock, blocks.append))
+    for block in (b for b in blocks if MATRIX in b.annotations):
+        m, n, k = (int(e) for e in block.annotations[MNK])
+        sums = block.writes[0].source.name
+        for size, limit, kind in (
+            (4 * n, limits.bank, "bytes in a bank"),
+            (n, limits.accumulator_elements, "elements of a row"),
+            (m, limits.partitions, "partitions"),
+        ):
+            if limit and size > limit.value:
+                what = f"a unit step of {name}, {m} x {n} x {k}, writes {size:,} {kind} of {sums}"
+                what += f": {limit.value:,} fit"
+                where = f"{chip.spec.name}: {chip.matrix.accumulates}"
+                hint = "a step of matrix.formats is larger than limits allow"
+                raise TargetError("PORT-0436", what, where=where, hint=hint)
 
 
 class _Walk:

@@ -1,4 +1,4 @@
-"""Chip: what a schedule reads of a target: levels and the way between them, cores, unit steps, what bytes take."""
+"""Chip: what a schedule reads of a target: memories and the way between them, cores, steps of its unit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Chip:
     def matrix(self) -> Matrix:
         """The matrix unit."""
         if self.spec.matrix is None or self.spec.vector is None:
-            raise self._lacks("a matrix and a vector unit")
+            raise self._lacks("matrix and vector unit")
         return self.spec.matrix
 
     @functools.cached_property
@@ -67,7 +67,7 @@ class Chip:
         while level != outer:
             dma = next((n for n, d in self.spec.dma.items() if d.to == level), None)
             if dma is None or len(found) == len(self.spec.memory):
-                raise self._lacks(f"a DMA from {outer} to {self.matrix.reads}")
+                raise self._lacks(f"DMA from {outer} to {self.matrix.reads}")
             found.append(Hop(dma, level))
             level = self.spec.dma[dma].source
         return tuple(reversed(found))
@@ -88,7 +88,7 @@ class Chip:
         """Cores, of a cluster where there are clusters."""
         core = next((one for one in self.spec.memory.values() if one.scope == "core"), None)
         if core is None:
-            raise self._lacks("a memory of scope core")
+            raise self._lacks("memory of scope core")
         return core.copies // self.clusters
 
     def level(self, name: str) -> Level:

@@ -53,6 +53,10 @@ class Nest:
         block = substituted(self.block, variables)
         return replace(self, realize=_realize(self.realize, block))
 
+    def reading(self, reads: list[Any]) -> Nest:
+        """With other regions that the block says it reads."""
+        return replace(self, realize=_realize(self.realize, _block(self.block, reads=reads)))
+
     def unclamped(self) -> Nest:
         """With `v` for `min(v, size - 1)` where v is an axis: for blocks that read within a guard anyway.
 

@@ -46,7 +46,10 @@ def padded(function: tirx.PrimFunc, product: str, multiples: Mapping[int, int]) 
 
 
 def grown(
-    function: tirx.PrimFunc, names: Collection[str], multiples: Mapping[int, int], outside: float | None = None
+    function: tirx.PrimFunc,
+    names: Collection[str],
+    multiples: Mapping[int, int],
+    outside: float | None = None,
 ) -> tirx.PrimFunc:
     """`function` with the blocks `names`, which read one another, on axes padded to multiples.
 
@@ -122,7 +125,9 @@ def _producer(nest: Nest, changed: Nest, grown: Mapping[Any, Any]) -> Nest:
 def _store(source: Any, out: Any) -> Nest:
     """A nest that copies what is inside of the tensor to where the product was."""
     variables = [tirx.Var(f"v{d}", "int64") for d in range(len(out.shape))]
-    return nest_of(STORE, out.shape, tirx.BufferStore(out, source[tuple(variables)], variables), variables, source, out)
+    return nest_of(
+        STORE, out.shape, tirx.BufferStore(out, source[tuple(variables)], variables), variables, source, out
+    )
 
 
 def nest_of(name: str, extents: Any, body: tirx.Stmt, axes: list[Any], source: Any, out: Any) -> Nest:
@@ -138,6 +143,7 @@ def nest_of(name: str, extents: Any, body: tirx.Stmt, axes: list[Any], source: A
     )
     realize = s_tir.SBlockRealize(loops, True, block)
     whole = [
-        tirx.For(v, tirx.IntImm("int64", 0), e, tirx.ForKind.SERIAL, body) for v, e in zip(loops, extents, strict=True)
+        tirx.For(v, tirx.IntImm("int64", 0), e, tirx.ForKind.SERIAL, body)
+        for v, e in zip(loops, extents, strict=True)
     ]
     return Nest(tuple(whole), realize)

@@ -27,7 +27,7 @@ from porter.lower.tile.tiling import Sizes, Tiling, choose
 
 
 def schedule(function: tirx.PrimFunc, form: str, chip: Chip) -> tirx.PrimFunc:
-    """A product kernel of `porter.lower.blocks.product`, multiplied in the unit's format `form`, scheduled."""
+    """A kernel of `porter.lower.blocks.product` or `pairs`, multiplied in the unit's `form`, scheduled."""
     nests = apart(function)
     assert nests is not None
     main = next(n for n in nests if n.name == "product")

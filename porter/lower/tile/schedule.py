@@ -1,4 +1,4 @@
-"""Schedule: every kernel of a program put into a chip's memories and unit steps, and the program as text."""
+"""Schedule: every kernel of a program put into a chip's memories and unit steps, and it all as text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Program:
     control: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """All scheduled kernels, in order of their names, each as TVMScript below what it holds on the chip."""
+        """All scheduled kernels, in order of names, each as TVMScript below what it holds on the chip."""
         functions = {g.name_hint: f for g, f in self.module.functions.items()}
         parts = []
         for name, buffers in sorted(self.held.items()):
@@ -45,8 +45,8 @@ class Program:
 def program(module: tvm.IRModule, spec: TargetSpec, bounds: Mapping[str, int]) -> Program:
     """Schedule every kernel of a planned module for a chip of family tile.
 
-    `bounds`: the largest value of each symbol of `main`. Raises TargetError PORT-0435 when a kernel overflows a
-    memory, PORT-0436 when results of a unit step break a limit, PORT-0437 when the spec lacks a unit or a
+    `bounds`: the largest value of each symbol of `main`. Raises TargetError PORT-0435 when a kernel overflows
+    a memory, PORT-0436 when results of a unit step break a limit, PORT-0437 when the spec lacks a unit or a
     DMA, PORT-0438 when TVM cannot schedule a kernel.
     """
     result = Program(tvm.IRModule(module.functions, attrs=module.attrs))
@@ -94,5 +94,7 @@ def scheduled(
     except (s_tir.ScheduleError, tvm.error.InternalError, ValueError) as error:
         line = str(error).strip().splitlines()[-1]
         what = f"{name} cannot be scheduled into the memories of {spec.name}: {line}"
-        raise TargetError("PORT-0438", what, hint="this is a gap in porter: please report the model") from error
+        raise TargetError(
+            "PORT-0438", what, hint="this is a gap in porter: please report the model"
+        ) from error
     return with_checks(result, checks)

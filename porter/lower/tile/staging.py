@@ -40,6 +40,16 @@ class Staging:
         for copy, loop in reversed(list(zip(copies, at, strict=True))):
             self.schedule.compute_at(copy, loop)
 
+    def inwards(self, block: Any, number: int, inner: Any) -> None:
+        """Copy what `block` reads in the first level on to the last, in the loop `inner`."""
+        copies = []
+        for hop in self.chip.path[1:]:
+            copy = self.schedule.cache_read(block, number, hop.scope, [block])
+            self.annotate(copy, {COPY: hop.dma, SLOTS: 2})
+            copies.append(copy)
+        for copy in reversed(copies):
+            self.schedule.compute_at(copy, inner)
+
     def write(self, block: Any, at: Sequence[Any], inner: Any) -> None:
         """`block`, put into the loop `inner`, writes the innermost level; the copy from hop i outwards stands
         in the loop at[i]."""
@@ -52,7 +62,7 @@ class Staging:
         self._outwards([self.schedule.cache_write(block, 0, hop.scope) for hop in self.chip.path], at)
 
     def store(self, block: Any, at: Sequence[Any]) -> None:
-        """`block` is the copy from the first level outwards; those before it, from what it reads, are added."""
+        """`block` is the copy from the first level outwards; those before it are added."""
         copies = [block]
         for hop in reversed(self.chip.path[:-1]):
             copies.insert(1, self.schedule.cache_read(block, 0, hop.scope))
@@ -64,7 +74,7 @@ class Staging:
             self.schedule.reverse_compute_at(copy, loop)
 
     def vector(self, block: Any, slots: int = 0) -> None:
-        """Mark the block as work of the vector unit: an operation an element for each buffer that it reads."""
+        """Mark work of the vector unit: an operation an element for each buffer that the block reads."""
         found = {VECTOR: 1, VECTOR_OPS: max(1, len(self.schedule.get(block).reads))}
         self.annotate(block, found | ({SLOTS: slots} if slots else {}))
 

@@ -22,6 +22,7 @@ from tvm.ir.expr import TensorLoad
 from porter.errors import TargetError
 from porter.lower.tile.capacity import check
 from porter.lower.tile.chip import Chip
+from porter.lower.tile.gathers import GATHER, gathered
 from porter.lower.tile.nests import Nest, apart
 from porter.lower.tile.staging import CLUSTERS, COPY, CORES, SLOTS, Staging
 from porter.lower.tile.tiling import UNKNOWN
@@ -34,9 +35,10 @@ def schedule(function: tirx.PrimFunc, name: str, chip: Chip, bounds: Mapping[str
 
     Raises TargetError PORT-0435 when not even the smallest does.
     """
+    function = gathered(function)
     nests = apart(function)
     assert nests is not None
-    elements = _most(chip)
+    elements = _elements(nests[-1], chip)
     while True:
         result = _Schedule(Staging(function, chip), nests, elements).run()
         try:
@@ -49,10 +51,18 @@ def schedule(function: tirx.PrimFunc, name: str, chip: Chip, bounds: Mapping[str
             return result
 
 
-def _most(chip: Chip) -> int:
-    """Elements of 32 bits that fit twice, as input and as result."""
-    size = min(int(chip.level(hop.level).size.value) for hop in chip.path)
-    return 1 << int(math.log2(size // 16))
+def _elements(nest: Nest, chip: Chip) -> int:
+    """Elements of a tile to begin with: what fits four times (twice as input and as result), but no more than
+    lets every core have a tile, unless those would take less time than the fixed cost of their copy."""
+    fit = min(int(chip.level(hop.level).size.value) for hop in chip.path) // 16
+    sizes = [loop.extent for loop in nest.loops]
+    if all(isinstance(size, tirx.IntImm) for size in sizes):
+        cores = chip.cores * chip.clusters
+        dma = chip.spec.dma[chip.path[0].dma]
+        source = chip.level(dma.source).bandwidth
+        least = int(dma.fixed.value * source.value / cores / 4) if source else 1
+        fit = min(fit, max(-(-math.prod(map(int, sizes)) // cores), least))
+    return 1 << int(math.log2(fit))
 
 
 def moves(nest: Nest) -> bool:
@@ -159,6 +169,8 @@ class _Schedule:
     def _tile(self, nest: Nest, before: list[Any]) -> tuple[int, int]:
         """(axis that is cut, elements of it in a tile); axes within it are whole, those around it single."""
         spatial = [i for i, a in enumerate(nest.block.iter_vars) if a.iter_type == tirx.IterVar.DataPar]
+        if not spatial:
+            raise ValueError(f"{nest.name} makes one number of a whole tensor")
         sizes = [loop.extent for loop in nest.loops]
         may = self._free(nest, before, spatial)
         inner = math.prod(int(s) for i, s in enumerate(sizes) if i > may and isinstance(s, tirx.IntImm))
@@ -190,14 +202,24 @@ class _Schedule:
         first, core, _ = loops
         places = [first] * (len(self.chip.path) - 1) + [core]
         schedule, staging = self.schedule, self.staging
-        self.staging.result(block, places)
-        for producer in before:
+        staging.result(block, places)
+        gathers = [p for p in before if schedule.get(p).name_hint.endswith(GATHER)]
+        computed = [p for p in before if not schedule.get(p).name_hint.endswith(GATHER)]
+        for producer in computed:
             schedule.set_scope(producer, 0, self.chip.path[-1].scope)
             schedule.compute_at(producer, core)
-        for one in [block, *before]:
+        for one in [block, *computed]:
+            rows = {schedule.get(g).writes[0].source.name for g in gathers}
             for number in staging.inputs(one):
-                staging.read(one, number, places)
+                if schedule.get(one).reads[number].source.name in rows:
+                    staging.inwards(one, number, core)
+                else:
+                    staging.read(one, number, places)
             staging.vector(one, 2)
+        for gather in gathers:
+            schedule.set_scope(gather, 0, self.chip.path[0].scope)
+            schedule.compute_at(gather, places[0])
+            staging.annotate(gather, {COPY: self.chip.path[0].dma, SLOTS: 2})
 
     def _move(self, block: Any, loops: tuple[Any, Any, Any]) -> None:
         """In by the first DMA and out again."""
