@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -25,6 +25,26 @@ CLUSTERED = [chip(4, 2), chip(6, 2, fixed=40, engines=1)]
 LEVELS = {"hbm": ["x", "w", "y"], "sram": ["a", "b", "c"], "acc": ["p", "q"]}
 
 
+def _size(draw: Callable[..., Any], names: Iterator[int], around: list[str], most: int) -> Any:
+    """A number, or one that ends raggedly along a loop around."""
+    whole = draw(st.integers(1, most))
+    kind = draw(st.sampled_from(["whole", "edge", "min", "box"]))
+    if not around or kind == "whole":
+        return whole
+    loop = draw(st.sampled_from(around))
+    if kind == "min":
+        rest = ("-", draw(st.integers(1, 5 * most)), ("*", loop, whole))
+        return ("max", 0, ("min", whole, rest))
+    inner = f"i{next(names)}"
+    bound = draw(st.integers(1, 5 * most))
+    guard: Any = ("<", ("+", ("*", loop, whole), inner), bound)
+    if kind == "edge":
+        return ("count", ((inner, whole),), guard)
+    other = f"i{next(names)}"
+    joint = ("<", ("+", ("+", loop, inner), other), draw(st.integers(1, 9)))
+    return ("count", ((inner, whole), (other, 3)), ("and", guard, joint))
+
+
 @st.composite
 def programs(draw: Callable[..., Any], clustered: bool = False) -> Program:
     """Up to four loops deep, extents and sizes with ragged edges, any buffers, any order."""
@@ -35,23 +55,7 @@ def programs(draw: Callable[..., Any], clustered: bool = False) -> Program:
         buffers += [Buffer(n, "shared", draw(st.integers(1, 3))) for n in ("s", "t")]
 
     def size(around: list[str], most: int) -> Any:
-        """A number, or one that ends raggedly along a loop around."""
-        whole = draw(st.integers(1, most))
-        kind = draw(st.sampled_from(["whole", "edge", "min", "box"]))
-        if not around or kind == "whole":
-            return whole
-        loop = draw(st.sampled_from(around))
-        if kind == "min":
-            rest = ("-", draw(st.integers(1, 5 * most)), ("*", loop, whole))
-            return ("max", 0, ("min", whole, rest))
-        inner = f"i{next(names)}"
-        bound = draw(st.integers(1, 5 * most))
-        guard: Any = ("<", ("+", ("*", loop, whole), inner), bound)
-        if kind == "edge":
-            return ("count", ((inner, whole),), guard)
-        other = f"i{next(names)}"
-        joint = ("<", ("+", ("+", loop, inner), other), draw(st.integers(1, 9)))
-        return ("count", ((inner, whole), (other, 3)), ("and", guard, joint))
+        return _size(draw, names, around, most)
 
     def operation(around: list[str], way: str) -> Any:
         name = f"op{next(names)}"
