@@ -152,7 +152,7 @@ def _period(past: list[list[int]], step: Round) -> int:
         middle, first = past[-1 - period], past[-1 - 2 * period]
         if all(a - b == b - c for a, b, c in zip(now, middle, first, strict=True)):
             moved = {place: a - b for place, a, b in zip(step.live, now, middle, strict=True)}
-            if min(moved.values()) >= 0 and _keeps(moved, step):
+            if min(moved.values(), default=0) >= 0 and _keeps(moved, step):
                 return period
     return 0
 
