@@ -75,10 +75,9 @@ def choose(sizes: Sizes, chip: Chip) -> Tiling:
 
     Tiles are powers of two of unit steps. k is whole if that fits, else cut into the largest parts that
     divide its steps. Time is that of a pipeline: iterations of the longest of the copy into the first level
-    (its fixed cost, or bytes over the share of the bandwidth), the unit's steps and an operation of the vector
-    unit for each operand, and one copy to fill it.
-    Of equal ones the larger tile. Where nothing fits, the smallest, which then is refused for what it
-    overflows.
+    (its fixed cost, or bytes over the share of the bandwidth), the unit's steps and an operation of the
+    vector unit for each operand, and one copy to fill it. Of equal ones the larger tile. Where nothing fits,
+    the smallest, which then is refused for what it overflows.
     """
     found = list(_fitting(sizes, chip))
     if not found:
@@ -189,6 +188,8 @@ def _seconds(tiling: Tiling, sizes: Sizes, chip: Chip) -> float:
     again = tiling.rows // tiling.step_rows if repeated else 1  # W comes again for each step of rows
     copy = columns * sizes.w_bytes * again / rate
     of_x = tiling.row_multiple * sizes.x_bytes / rate
+    if repeated and chip.clusters == 1:  # and x for each step of columns
+        copy, of_x = copy + of_x * (tiling.columns // tiling.step_columns), 0
     unit = (tiling.rows // tiling.step_rows) * (tiling.columns // tiling.step_columns) * tiling.steps
     work = unit * _step_seconds(tiling, sizes, chip)
     operands = (tiling.rows + tiling.columns) * tiling.steps * tiling.step.k
