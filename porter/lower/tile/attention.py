@@ -21,9 +21,8 @@ from typing import Any
 
 from tvm import tirx
 
-from porter.errors import TargetError
 from porter.lower.tile.bounds import most
-from porter.lower.tile.capacity import check
+from porter.lower.tile.capacity import check, overflowing
 from porter.lower.tile.chip import Chip, Step, bits
 from porter.lower.tile.nests import apart, named
 from porter.lower.tile.padding import STORE, grown, padded
@@ -44,23 +43,18 @@ def schedule(
     shape = _Shape.of(function, bounds)
     queries = UNKNOWN if shape.queries is None else shape.queries
     queries = min(queries, max(1, chip.step(form).rows // shape.group))
-    tries = [(n, shared) for n in halved(queries) for shared in (True, False)[: min(2, chip.clusters)]]
-    for queries, shared in tries:
+    shared = chip.clusters > 1
+    while True:
         cut = replace(_Cut.of(shape, queries, chip, form), shared=shared)
         result = _Schedule(Staging(_whole(function, cut), chip), cut, form).run()
-        try:
-            check(result, name, chip, bounds)
-        except TargetError:
-            if (queries, shared) == tries[-1]:
-                raise
+        level = overflowing(result, chip, bounds)
+        if shared and level in [hop.level for hop in chip.path[:-1]]:
+            shared = False
+        elif level and queries > 1:
+            queries = -(-queries // 2)
         else:
-            break
-    return result
-
-
-def halved(number: int) -> list[int]:
-    """The number, half of it, and so on to 1."""
-    return [number, *halved(-(-number // 2))] if number > 1 else [1]
+            check(result, name, chip, bounds)
+            return result
 
 
 @dataclass(frozen=True)

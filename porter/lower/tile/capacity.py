@@ -48,20 +48,25 @@ def held(function: tirx.PrimFunc, chip: Chip, bounds: Mapping[str, int]) -> list
     return [walk.held(buffer) for buffer in walk.found if buffer.scope().startswith(SCOPE)]
 
 
+def overflowing(function: tirx.PrimFunc, chip: Chip, bounds: Mapping[str, int]) -> str:
+    """The first level that has not enough for the buffers of a scheduled kernel; "" where all fit."""
+    found = held(function, chip, bounds)
+    totals = {one.level: sum(h.bytes for h in found if h.level == one.level) for one in found}
+    return next((n for n, total in totals.items() if total > int(chip.level(n).size.value)), "")
+
+
 def check(function: tirx.PrimFunc, name: str, chip: Chip, bounds: Mapping[str, int]) -> None:
     """Raise TargetError PORT-0435 when a kernel's buffers overflow a level, naming the largest of them;
     PORT-0436 when results of a unit step do not fit where `limits` wants them."""
-    found = held(function, chip, bounds)
-    for level in dict.fromkeys(h.level for h in found):
-        size = int(chip.level(level).size.value)
-        here = [h for h in found if h.level == level]
-        if (total := sum(h.bytes for h in here)) > size:
-            top = max(here, key=lambda h: h.bytes)
-            shape = " x ".join(map(str, top.shape))
-            what = f"{name} needs {total:,} bytes of {level}, which has {size:,}: {top.name} takes "
-            what += f"{top.bytes:,} ({shape}, {top.slots} slot{'s' * (top.slots > 1)})"
-            hint = "convert with a shorter context or narrower weights, or port to a chip with more memory"
-            raise TargetError("PORT-0435", what, where=f"{chip.spec.name}: {level}", hint=hint)
+    if level := overflowing(function, chip, bounds):
+        here = [h for h in held(function, chip, bounds) if h.level == level]
+        total, size = sum(h.bytes for h in here), int(chip.level(level).size.value)
+        top = max(here, key=lambda h: h.bytes)
+        shape = " x ".join(map(str, top.shape))
+        what = f"{name} needs {total:,} bytes of {level}, which has {size:,}: {top.name} takes "
+        what += f"{top.bytes:,} ({shape}, {top.slots} slot{'s' * (top.slots > 1)})"
+        hint = "convert with a shorter context or narrower weights, or port to a chip with more memory"
+        raise TargetError("PORT-0435", what, where=f"{chip.spec.name}: {level}", hint=hint)
     _check_steps(function, name, chip)
 
 

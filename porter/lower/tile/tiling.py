@@ -75,9 +75,9 @@ def choose(sizes: Sizes, chip: Chip) -> Tiling:
 
     Tiles are powers of two of unit steps. k is whole if that fits, else cut into the largest parts that
     divide its steps. Time is that of a pipeline: iterations of the longest of the copy into the first level
-    (its fixed cost, or bytes over the share of the bandwidth) and the unit's steps, and one copy to fill it.
-    Of equal ones the larger tile. Where nothing fits, the smallest, which then is refused for what it
-    overflows.
+    (its fixed cost, or bytes over the share of the bandwidth), the unit's steps and an operation of the
+    vector unit for each operand, and one copy to fill it. Of equal ones the larger tile. Where nothing fits,
+    the smallest, which then is refused for what it overflows.
     """
     found = list(_fitting(sizes, chip))
     if not found:
@@ -96,23 +96,28 @@ def _fitting(sizes: Sizes, chip: Chip) -> Iterator[Tiling]:
     unit = _unit(sizes, chip)
     rows, columns, steps = sizes.supposed()
     chunks = [d for d in range(steps, 0, -1) if steps % d == 0]
-    # Where rows are not known, cores side by side would have nothing to do but pad.
-    sharing = [1]
-    if sizes.fixed and chip.clusters > 1:
-        sharing = [d for d in range(1, chip.cores + 1) if chip.cores % d == 0]
     for tile in itertools.product(_doubled(unit[0], rows), _doubled(unit[1], columns)):
         chunk = next((k for k in chunks if _fits_core(tile, k, unit, sizes, chip)), 0)
-        for core_rows in sharing if chunk else []:
-            if (core_rows - 1) * tile[0] >= rows:
+        for sides in _sides(sizes, chip) if chunk else []:
+            if (sides[0] - 1) * tile[0] >= rows:
                 continue
-            tiling = _dealt(sizes, chip, unit, tile, chunk, core_rows)
+            tiling = _dealt(sizes, chip, unit, tile, chunk, sides)
             if _fits_cluster(tiling, sizes, chip):
                 yield tiling
 
 
+def _sides(sizes: Sizes, chip: Chip) -> list[tuple[int, int]]:
+    """How cores of a cluster may stand side by side, in rows and in columns: all of them or, where a
+    cluster's memory has not enough for all, fewer. Where sizes are not known, more rows would only pad."""
+    if chip.clusters == 1:
+        return [(1, 1)]
+    counts = range(1, chip.cores + 1)
+    return [(r, c) for r in (counts if sizes.fixed else [1]) for c in counts if chip.cores % (r * c) == 0]
+
+
 def _least(sizes: Sizes, chip: Chip) -> Tiling:
     unit = _unit(sizes, chip)
-    return _dealt(sizes, chip, unit, unit, 1, 1)
+    return _dealt(sizes, chip, unit, unit, 1, (1, 1))
 
 
 def _doubled(first: int, most: int) -> list[int]:
@@ -121,12 +126,17 @@ def _doubled(first: int, most: int) -> list[int]:
 
 
 def _dealt(
-    sizes: Sizes, chip: Chip, unit: tuple[int, int], tile: tuple[int, int], chunk: int, core_rows: int
+    sizes: Sizes,
+    chip: Chip,
+    unit: tuple[int, int],
+    tile: tuple[int, int],
+    chunk: int,
+    sides: tuple[int, int],
 ) -> Tiling:
     """Columns dealt out so that every cluster (or core) has work, before anyone has two pieces of it."""
     clustered = chip.clusters > 1
     rows, columns, steps = sizes.supposed()
-    core_columns = min(chip.cores // core_rows if clustered else 1, -(-columns // tile[1]))
+    core_rows, core_columns = sides[0], min(sides[1], -(-columns // tile[1]))
     takers = chip.clusters if clustered else chip.cores
     down = -(-rows // (core_rows * tile[0]))
     across = -(-columns // (core_columns * tile[1]))
@@ -178,9 +188,13 @@ def _seconds(tiling: Tiling, sizes: Sizes, chip: Chip) -> float:
     again = tiling.rows // tiling.step_rows if repeated else 1  # W comes again for each step of rows
     copy = columns * sizes.w_bytes * again / rate
     of_x = tiling.row_multiple * sizes.x_bytes / rate
+    if repeated and chip.clusters == 1:  # and x for each step of columns
+        copy, of_x = copy + of_x * (tiling.columns // tiling.step_columns), 0
     unit = (tiling.rows // tiling.step_rows) * (tiling.columns // tiling.step_columns) * tiling.steps
     work = unit * _step_seconds(tiling, sizes, chip)
-    iteration = max(copy, fixed, work)
+    operands = (tiling.rows + tiling.columns) * tiling.steps * tiling.step.k
+    decode = operands * chip.cores * chip.clusters / chip.spec.vector.rate.value
+    iteration = max(copy, fixed, work, decode)
     return rounds * (tiling.pieces * iteration + of_x) + max(fixed, copy)
 
 

@@ -19,8 +19,7 @@ from tvm import tirx
 from tvm.ir import Call
 from tvm.ir.expr import TensorLoad
 
-from porter.errors import TargetError
-from porter.lower.tile.capacity import check
+from porter.lower.tile.capacity import check, overflowing
 from porter.lower.tile.chip import Chip
 from porter.lower.tile.gathers import GATHER, gathered
 from porter.lower.tile.nests import Nest, apart
@@ -41,14 +40,10 @@ def schedule(function: tirx.PrimFunc, name: str, chip: Chip, bounds: Mapping[str
     elements = _elements(nests[-1], chip)
     while True:
         result = _Schedule(Staging(function, chip), nests, elements).run()
-        try:
+        if elements == 1 or not overflowing(result, chip, bounds):
             check(result, name, chip, bounds)
-        except TargetError:
-            if elements == 1:
-                raise
-            elements = max(1, elements // 4)
-        else:
             return result
+        elements = max(1, elements // 4)
 
 
 def _elements(nest: Nest, chip: Chip) -> int:

@@ -100,3 +100,13 @@ def test_of_a_stack(name: str) -> None:
     scale = rng.random((120, 1, 1)).astype(np.float32)
     got, wanted = (run(x, codes, scale, shape=(5, 33, 24)) for run in (after, before))
     np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("m", [1, 512])
+@pytest.mark.parametrize("name", CHIPS)
+def test_the_largest_matrices_of_a_70b_decoder_fit(name: str, m: int) -> None:
+    spec = chip(name)
+    for k, n in ((28672, 8192), (8192, 57344)):
+        kernel = Product(Layout("bf16", n, k, lanes=1), Profile(spec).unit("bf16")).kernel()
+        for sizes in ({"m": m}, {}):
+            assert scheduled(kernel, "kernel", spec, {"m": 512}, sizes) is not None
