@@ -25,6 +25,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/accuracy.py --models $(MODELS)
 	$(BIN)/python benchmarks/casting.py
+	$(BIN)/python benchmarks/estimate.py
 
 clean:
 	rm -rf .venv .demo build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis

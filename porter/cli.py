@@ -290,6 +290,40 @@ def explain(
 
 
 @app.command()
+def estimate(
+    model: Annotated[Path | None, typer.Argument(help="An ONNX decoder or a bundle.")] = None,
+    target: Annotated[
+        str, typer.Option(help="Targets with commas between: names, paths of a .toml, or 'all'.")
+    ] = "all",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A Hugging Face config.json instead of a model; no weights are needed."),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Weight format. Default: what the model has, else bf16.")] = "",
+    activations: Annotated[str, typer.Option(help="Format that linear layers multiply in, as fp8.")] = "",
+    kv: Annotated[str, typer.Option(help="KV-cache scheme. Default: what the model has, else fp16.")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step is timed.")] = 4096,
+    tp: Annotated[int, typer.Option(min=1, help="Chips that share each matrix.")] = 1,
+    json_: Json = False,
+) -> None:
+    """Estimate times, memory, chips, price and energy of a decoder on targets."""
+    from porter.estimate import Options, compare
+    from porter.report.words import clean
+    from porter.terminal import print_rows
+
+    options = Options(weights, activations, kv, batch, prompt, context, tp)
+    found = compare.compare(compare.load_model(model, config), target, options)
+
+    def table() -> None:
+        print_rows([compare.row(e) for e in found.estimates], compare.COLUMNS)
+        print(*map(clean, compare.lines(found)), sep="\n")
+
+    _answer([e.to_dict() for e in found.estimates], json_, table)
+
+
+@app.command()
 def passes(json_: Json = False) -> None:
     """List the passes."""
     from porter.registry import describe

@@ -86,8 +86,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 placement=lowered.placement,
                 attention=found.heads,
                 recomputed=found.recomputed,
-                memory=figures.of_conversion(source, lowered, evidence.plan, watch)
-                | figures.of_cache(model, lowered, ported),
+                memory=figures.of(source, model, lowered, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
                 calibration=calibrated.facts,

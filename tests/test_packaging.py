@@ -147,4 +147,5 @@ def test_an_editable_install_sees_passes_as_they_come(tree: Path, tmp_path: Path
     finally:
         new.unlink()
     assert after - before == {"clean.nothing"}
-    assert [row["name"] for row in json.loads(_run(porter, "targets", "--json", cwd=tmp_path))] == ["host"]
+    targets = {row["name"] for row in json.loads(_run(porter, "targets", "--json", cwd=tmp_path))}
+    assert targets == {file.stem for file in (tree / "targets").glob("*.toml")}

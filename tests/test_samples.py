@@ -53,6 +53,11 @@ def test_own_pass(stories_onnx: Path, tmp_path: Path) -> None:
     shown.check((SAMPLES / "03-own-pass" / "expected.txt").read_text("utf-8"), printed)
 
 
+def test_own_chip(tmp_path: Path) -> None:
+    printed = _run("04-own-chip", tmp_path / "out")
+    assert printed == (SAMPLES / "04-own-chip" / "expected.txt").read_text("utf-8"), "every figure is exact"
+
+
 def _rename_data(out: Path) -> None:
     """The ONNX file names its file of weights, which keeps that name."""
     (out / "stories260k.onnx.data").rename(out / "model.onnx.data")

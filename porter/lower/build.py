@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tvm
-from tvm import relax, tirx
+import tvm_ffi
+from tvm import relax, s_tir, tirx
 from tvm.support import cc
 
 from porter.errors import EnvironmentFailure, TargetError
@@ -86,12 +87,28 @@ def compiled(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Exe
         relax.transform.AttachGlobalSymbol(),
     ]
     pipeline = tvm.transform.Sequential(passes)
+    # TVM's pass that shares storage wants a constant size of a buffer in a memory of a chip's: a row of
+    # scores is as long as the cache.
+    chip = {"tirx.disable_storage_rewrite": True} if _has_levels(module) else {}
     try:
-        with target:
+        with target, tvm.transform.PassContext(opt_level=2, config=chip):
             return relax.build(module, target=target, relax_pipeline=pipeline)
     except Exception as error:  # TVM raises many kinds: this is where they become ours
         what = f"TVM cannot compile the program: {str(error).strip().splitlines()[-1]}"
         raise TargetError("PORT-0418", what) from error
+
+
+def _has_levels(module: tvm.IRModule) -> bool:
+    """Whether kernels keep buffers in the memories of a chip (family tile)."""
+    found: list[tirx.Var] = []
+
+    def buffers(block: s_tir.SBlock) -> None:
+        found.extend(b for b in block.alloc_buffers if b.scope().startswith("global."))
+
+    for function in module.functions.values():
+        if isinstance(function, tirx.PrimFunc):
+            tvm_ffi.structural_walk(function.body, (s_tir.SBlock, buffers))
+    return bool(found)
 
 
 @tvm.transform.module_pass(opt_level=0, name="SizesInOrder")

@@ -19,9 +19,11 @@ from porter.lower.importer.program import DTYPES, Importer
 from porter.lower.importer.templates import Host
 from porter.lower.simt import emit, limits
 from porter.lower.simt.program import Program, program
+from porter.lower.tile import schedule as tile
 from porter.target import TargetSpec
 
 LIBRARIES, WEIGHTS, PLAN = "lib", "lib/weights.bin", "plan.json"
+PROGRAM = "lib/program.txt"  # the kernels as they are scheduled, family tile
 
 
 def lower(
@@ -61,7 +63,12 @@ def lower(
         plan.extract(planned.module, made, imported.parameters, planned.nodes)
     progress(0.2)
     (folder / LIBRARIES).mkdir(exist_ok=True)
-    library = build.write_library(build.compiled(planned.module, target_tvm), folder / LIBRARIES)
+    module = planned.module
+    if target.family == "tile":
+        scheduled = tile.program(module, target, imported.bounds)
+        module = scheduled.module
+        (folder / PROGRAM).write_text(scheduled.text(), encoding="utf-8")
+    library = build.write_library(build.compiled(module, target_tvm), folder / LIBRARIES)
     made.library = f"{LIBRARIES}/{library}"
     progress(0.6)
     total = sum(p.bytes for p in imported.parameters) or 1

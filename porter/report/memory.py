@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from porter.lower.plan import Plan
 
 
-def of_conversion(source: Path, plan: Plan, needed: needs.Plan, watch: memory.Watch) -> dict[str, Figure]:
+def of(
+    source: Path,
+    model: ir.Model,
+    plan: Plan,
+    ported: decoder.Decoder,
+    needed: needs.Plan,
+    watch: memory.Watch,
+) -> dict[str, Figure]:
+    """All of them."""
+    return _of_conversion(source, plan, needed, watch) | _of_cache(model, plan, ported)
+
+
+def _of_conversion(source: Path, plan: Plan, needed: needs.Plan, watch: memory.Watch) -> dict[str, Figure]:
     """Peaks while converting, weights and workspace."""
     limit = {"peak memory, limit": Figure(needed.limit, "bytes", "measured")} if needed.limit else {}
     return {
@@ -32,7 +44,7 @@ def of_conversion(source: Path, plan: Plan, needed: needs.Plan, watch: memory.Wa
     }
 
 
-def of_cache(model: ir.Model, plan: Plan, ported: decoder.Decoder) -> dict[str, Figure]:
+def _of_cache(model: ir.Model, plan: Plan, ported: decoder.Decoder) -> dict[str, Figure]:
     """What a quantized cache takes, by the buffers of the lowered program; nothing for one of floats."""
     about = model.metadata_props
     if BITS not in about:

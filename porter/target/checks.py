@@ -158,9 +158,9 @@ def _links(spec: TargetSpec) -> Iterator[Fault]:
             yield "PORT-0306", f"links.{name}.{missing}", "the key is missing: chips are joined by this link"
         for operation, ways in link.collectives.items():
             for way, told in ways.items():
-                if not (told.latency or told.bandwidth):
+                if not (told.latency or told.bandwidth or told.points):
                     path = f"links.{name}.collectives.{operation}.{way}"
-                    yield "PORT-0306", path, "it says nothing: give latency or bandwidth"
+                    yield "PORT-0306", path, "it says nothing: give latency, bandwidth or points"
         if link.topology.startswith("torus") and link.ports is None:
             yield "PORT-0306", f"links.{name}.ports", "the key is missing: a torus has so many neighbours"
 
@@ -236,3 +236,5 @@ def _efficiency(spec: TargetSpec) -> Iterator[Fault]:
                 yield "PORT-0307", path, f"there is no number format {name!r}"
             if not (constants.compute or constants.memory or constants.fixed):
                 yield "PORT-0306", path, "it says nothing: give compute, memory or fixed"
+            if constants.half and kernel != "prefill-attention":
+                yield "PORT-0306", f"{path}.half", "only attention over a prompt depends on its tokens"

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from porter.target.figure import Dollars, Duration, Part, Share, Watts
+from porter.target.figure import Count, Dollars, Duration, Exponent, Part, Share, Watts
 
 Day = Annotated[date, Field(strict=True)]
-Kernel = Literal["gemm", "decode-attention", "prefill-attention", "copy"]
+Kernel = Literal["gemm", "decode-attention", "prefill-attention", "copy", "quantize"]
 
 
 class Price(Part):
@@ -31,11 +31,17 @@ class Power(Part):
 
 
 class Efficiency(Part):
-    """Constants of a kernel's time, fitted to measurements of kernels.
+    """Constants of a kernel's time, fitted to measurements of kernels; at least one is there.
 
-    time = fixed + max(operations / (compute * peak), bytes / (memory * bandwidth)); at least one is there.
+    time = fixed + (C^overlap + M^overlap)^(1/overlap), with
+    C = operations / (compute * peak) and M = bytes / (memory * bandwidth).
+
+    `overlap` 1: one after the other; the larger it is, the nearer to max(C, M). `half`: tokens at which
+    attention over a prompt reaches half of `compute`: C is multiplied by 1 + half / tokens.
     """
 
     compute: Share | None = None
     memory: Share | None = None
     fixed: Duration | None = None
+    overlap: Exponent | None = None
+    half: Count | None = None

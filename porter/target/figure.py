@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -20,7 +21,7 @@ from porter.target import units
 
 Kind = Literal["published", "derived", "assumed"]
 KINDS: tuple[str, ...] = get_args(Kind)
-Value = bool | int | float | str | tuple[int, ...] | tuple[str, ...]
+Value = bool | int | float | str | tuple[int, ...] | tuple[str, ...] | tuple[tuple[int, float], ...]
 
 
 class Part(BaseModel):
@@ -91,6 +92,8 @@ def _written(raw: Any) -> str:
 def _text(raw: Any) -> str:
     if isinstance(raw, bool):
         return "yes" if raw else "no"
+    if isinstance(raw, list) and any(isinstance(pair, list) for pair in raw):
+        return ", ".join(" in ".join(map(str, pair)) if isinstance(pair, list) else str(pair) for pair in raw)
     return " x ".join(map(str, raw)) if isinstance(raw, list) else str(raw)
 
 
@@ -115,6 +118,22 @@ def _share(raw: Any) -> float:
     if isinstance(raw, bool) or not isinstance(raw, int | float) or not 0 < raw <= 1:
         raise units.Impossible(f"{raw!r} is not a share: above 0, at most 1")
     return float(raw)
+
+
+def _exponent(raw: Any) -> float:
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or not 1 <= raw <= 64:
+        raise units.Impossible(f"{raw!r} is not an exponent from 1 to 64")
+    return float(raw)
+
+
+def _points(raw: Any) -> tuple[tuple[int, float], ...]:
+    pairs = raw if isinstance(raw, list) else []
+    if len(pairs) < 2 or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise units.Impossible(f"{raw!r} is not a list of two or more [size, time]")
+    found = tuple((int(units.quantity(a, "B")), float(units.quantity(b, "s"))) for a, b in pairs)
+    if any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise(found)):
+        raise units.Impossible("sizes do not grow from point to point, or a larger one takes less time")
+    return found
 
 
 def _flag(raw: Any) -> bool:
@@ -168,6 +187,8 @@ Dollars = _quantity("USD/h")
 Count = _figure(_whole)
 Alignment = _figure(_power_of_two, "B")
 Share = _figure(_share)
+Exponent = _figure(_exponent)
+Points = _figure(_points)
 Flag = _figure(_flag)
 Name = _figure(_word)
 Names = _figure(_words)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from porter.target.figure import Bandwidth, Count, Duration, Part
+from porter.target.figure import Bandwidth, Count, Duration, Part, Points
 
 Topology = Literal["mesh", "switch", "ring", "torus-2d", "torus-3d", "network", "host"]
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
@@ -15,12 +15,14 @@ Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
 class Collective(Part):
     """One way of doing a collective: `latency` plus bytes over `bandwidth`, as on `chips` chips.
 
-    `bandwidth` is the bus bandwidth: bytes that each chip has to send in a ring, over time.
+    `bandwidth` is the bus bandwidth: bytes that each chip has to send in a ring, over time. `points` are
+    measured [bytes, time] of growing size, which say more: straight lines join them.
     """
 
     chips: Count | None = None
     latency: Duration | None = None
     bandwidth: Bandwidth | None = None
+    points: Points | None = None
 
 
 class Link(Part):

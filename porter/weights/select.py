@@ -94,7 +94,7 @@ class Matrix:
 
 def matrices(graph: ir.Graph) -> list[Matrix]:
     """Every matrix, in the order of the initializers."""
-    heads, found = _head_nodes(graph), []
+    heads, found = head_nodes(graph), []
     for value in graph.initializers.values():
         uses = [_use(value, node) for node, _ in value.uses()] if _is_weight(value) else []
         if uses and None not in uses and len({use.rows for use in uses}) == 1:
@@ -130,7 +130,7 @@ def pick(
 
 def multiplied_codes(graph: ir.Graph) -> list[Matrix]:
     """Every matrix that is stored in codes; its uses are the products that it is the right side of."""
-    heads, products = _head_nodes(graph), {}
+    heads, products = head_nodes(graph), {}
     for node in graph:
         value = _stored(node.inputs[1]) if is_linear(node) and not node.domain else None
         if value is not None and value.const_value.dtype not in (*FLOATS, ir.DataType.DOUBLE):
@@ -235,7 +235,7 @@ def _takes_rows_by_token(gather: ir.Node) -> bool:
     return ids in gather.graph.inputs[:1] and gather.attributes.get_int("axis", 0) == 0
 
 
-def _head_nodes(graph: ir.Graph) -> set[ir.Node]:
+def head_nodes(graph: ir.Graph) -> set[ir.Node]:
     """The MatMul or Gemm that the first output is a function of, element by element: none, or one."""
     node = graph.outputs[0].producer() if graph.outputs else None
     while node is not None and not node.domain and node.op_type in _ELEMENTWISE:

@@ -16,7 +16,18 @@ import porter.convert
 from porter import __version__, cli
 from porter.errors import DriftError, TargetError
 
-COMMANDS = ("convert", "diff", "explain", "export", "inspect", "passes", "run", "targets", "verify")
+COMMANDS = (
+    "convert",
+    "diff",
+    "estimate",
+    "explain",
+    "export",
+    "inspect",
+    "passes",
+    "run",
+    "targets",
+    "verify",
+)
 PASSES = "clean.opset,clean.constants,clean.identity,clean.dead"
 
 Porter = Callable[..., tuple[int, str, str]]

@@ -109,7 +109,11 @@ SPOT: dict[str, dict[str, Any]] = {
         "matrix.formats.int8.rate": 624e12,
         "matrix.formats.int4.rate": 1248e12,
         "matrix.units": 108,
-        "efficiency.gemm.bf16.fixed": 7e-6,
+        "links.nvlink.collectives.all-reduce.nccl.points": (
+            (512, 22.6e-6),
+            (16 * MIB, 217e-6),
+            (512 * MIB, 4226e-6),
+        ),
         "price.per-hour": 3.431,
         "power.design": 400.0,
     },
@@ -119,14 +123,16 @@ SPOT: dict[str, dict[str, Any]] = {
         "matrix.formats.fp8-e4m3fn.rate": 1979e12,
         "matrix.formats.bf16.step": (64, 256, 16),
         "links.nvlink.bandwidth": 450e9,
-        "efficiency.gemm.bf16.compute": 0.75,
+        "links.nvlink.collectives.all-reduce.nccl.points": (
+            (512, 15.6e-6),
+            (16 * MIB, 122e-6),
+            (512 * MIB, 2111e-6),
+        ),
         "price.per-hour": 6.88,
     },
     "h200": {
         "memory.hbm.size": 141_000_000_000,
         "memory.hbm.bandwidth": 4.8e12,
-        "efficiency.gemm.bf16.fixed": 4e-6,
-        "efficiency.decode-attention.bf16.memory": 0.74,
         "price.per-hour": 7.912,
     },
     "b200": {

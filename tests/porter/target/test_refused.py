@@ -73,9 +73,14 @@ def wrong_units(figure: dict[str, Any], unit: str) -> Iterator[Any]:
     yield from (f"{number} {other}" for other in units.UNITS if other != unit)
 
 
-def impossible(value: Any, unit: str) -> Iterator[Any]:
+def impossible(value: Any, unit: str, key: str) -> Iterator[Any]:
     """Values that the figure cannot have, by what kind it is."""
-    if unit:
+    if key == "overlap":
+        yield from (0, 0.99, -4, 65, math.nan, math.inf, True, "4", [4])
+    elif key == "points":
+        yield from ([], value[:1], [*value, value[0]], [["2 KiB"], *value], [value[0], value[0]], value[0], 3)
+        yield [value[0], ["1 TB", "1 ns"]]  # more in less time
+    elif unit:
         written = value.split()[1]
         yield from (f"{n} {written}" for n in ("0", "-1", "-0.5", "nan", "inf", "-inf", "many"))
     elif isinstance(value, bool):
@@ -128,7 +133,7 @@ def test_a_unit_that_is_dropped_or_of_another_kind_is_refused(name: str) -> None
 def test_an_impossible_value_is_refused(name: str) -> None:
     keys, found, tried = raw(name), dict(target.figures(target.load(name))), 0
     for path, figure in figures(keys):
-        for value in impossible(figure["value"], found[dotted(path)].unit):
+        for value in impossible(figure["value"], found[dotted(path)].unit, str(path[-1])):
             error = refusal(changed(keys, (*path, "value"), value))
             assert error.code == "PORT-0304", (path, value)
             assert error.what.startswith(f"{dotted(path)}: "), (path, value)
@@ -228,7 +233,12 @@ MACHINE = [
     ("webgpu", "limits.binding-size", so("1 GiB"), "more than limits.buffer-size"),
     ("h100", "limits.resident", so(512), "a core does not hold one full workgroup"),
     ("h100", "efficiency.gemm.bf16", {}, "it says nothing: give compute, memory or fixed"),
-    ("h100", "links.nvlink.collectives.all-reduce.nccl", {}, "it says nothing: give latency or bandwidth"),
+    (
+        "h100",
+        "links.nvlink.collectives.all-reduce.nccl",
+        {},
+        "it says nothing: give latency, bandwidth or points",
+    ),
 ]
 FORMATS = [
     (

@@ -23,6 +23,8 @@ TEXTS = [
     "innerq-hybrid recent=6 sink=3 value=int2-g8-tokens-fp16-hybrid",
     "int4 recent=5 sink=2 high=fp32",
     "fp8 recent=4 static=channel",
+    "key=lloyd3-fp16-rotate-residual value=lloyd2-fp16-rotate-mixed-residual",
+    "key=lloyd4-fp16-rotate-residual value=lloyd1-fp16-rotate-residual recent=5 sink=2",
 ]
 
 
@@ -77,6 +79,7 @@ def test_no_other_byte_is_touched(kernels: dict, text: str, side: str) -> None:
     scheme, rng = parse(text), np.random.default_rng(0)
     static = stored.step("c", HEADS)
     steps = [np.full(shape, 0.01, np.float32) for _, shape, _ in static]
+    matrix = [np.linalg.qr(rng.standard_normal((SIZE, SIZE)))[0]] if scheme.side(side).residual else []
     plan = stored.planned(HEADS)
     for count in (1, 3):
         for first in range(15):
@@ -88,7 +91,7 @@ def test_no_other_byte_is_touched(kernels: dict, text: str, side: str) -> None:
                 after = [
                     tvm.runtime.tensor(b.view(type_of(d))) for b, (*_, d) in zip(before, plan, strict=True)
                 ]
-                kernel.in_place(*after, new, starts, *steps)
+                kernel.in_place(*after, new, starts, *steps, *matrix)
                 changed = [a.numpy().view(np.uint8) != b for a, b in zip(after, before, strict=True)]
                 touched = [t | c for t, c in zip(touched, changed, strict=True)]
             for (suffix, *_), mask in zip(plan, touched, strict=True):

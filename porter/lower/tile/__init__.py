@@ -1,0 +1,1 @@
+"""Kernels of blocks scheduled for a chip with scratchpads: levels, copies, unit steps (family tile)."""
