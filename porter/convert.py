@@ -38,9 +38,8 @@ MAX_CONTEXT = 4096  # cached tokens, where the model allows more and --context d
 def convert(source: Path, out: Path, options: Options) -> DriftReport:
     """Port `source` and write the bundle `out`; the report says what the passes and the lowering cost.
 
-    With a budget, raises DriftError PORT-0605 and leaves no bundle when the lowered program drifts past it
-    (unless `options.keep`); the error's `report` holds the figures. Other failures are PorterErrors of the
-    step they happen in, and leave nothing behind either.
+    Past a budget, raises DriftError PORT-0605 with the `report` on it, and leaves no bundle (unless
+    `options.keep`). Other failures are PorterErrors of the step they happen in, and leave nothing either.
     """
     started = time.perf_counter()
     limit = memory.parse(options.max_memory)
