@@ -16,7 +16,7 @@ from porter.run.tally import Tally
 
 @dataclass(frozen=True)
 class Generated:
-    """What was generated: token ids, their text (None without a tokenizer), and measured times.
+    """What was generated: token ids, their text (None without a tokenizer), and times measured on `machine`.
 
     `recomputed` says how often attention was computed from the cache's exact copy, None where it has none.
     """
@@ -26,6 +26,7 @@ class Generated:
     text: str | None
     first_token_s: float
     tokens_per_s: float
+    machine: str
     recomputed: Tally | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -36,7 +37,7 @@ class Generated:
         """One line."""
         rate = f"{self.tokens_per_s:.1f} tokens/s" if self.tokens_per_s else "one token"
         first = f"first after {self.first_token_s * 1e3:.0f} ms"
-        made = f"{len(self.tokens)} tokens, {first}, then {rate} (measured)"
+        made = f"{len(self.tokens)} tokens, {first}, then {rate} (measured on {self.machine})"
         if self.recomputed is None:
             return made
         return f"{made}; {recomputed({'': self.recomputed})} (measured)"
@@ -75,7 +76,8 @@ def stream(
     elapsed = time.perf_counter() - started - first
     rate = (len(made) - 1) / elapsed if len(made) > 1 else 0.0
     tally = decode.tally if model.decoder.exact else None
-    return Generated(list(map(int, ids)), made, text + rest if words else None, first, rate, tally)
+    whole = text + rest if words else None
+    return Generated(list(map(int, ids)), made, whole, first, rate, model.runner.machine, tally)
 
 
 def _room(model: Runnable, ids: Sequence[int], max_new: int) -> int:

@@ -64,6 +64,9 @@ class Cuda:
         for value, attribute in zip(version, (MAJOR, MINOR), strict=True):
             _checked(self._driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device), "its version")
         major, minor = (v.value for v in version)
+        name = ctypes.create_string_buffer(256)
+        _checked(self._driver.cuDeviceGetName(name, len(name), device), "its name")
+        self.name = name.value.decode()
         self.arch = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
         self._modules: dict[str, ctypes.c_void_p] = {}
         self._functions: dict[Kernel, ctypes.c_void_p] = {}

@@ -59,7 +59,9 @@ class Step:
 
 
 class Machine(Protocol):
-    """What a kind of accelerator offers."""
+    """What a kind of accelerator offers; `name` is the device's own."""
+
+    name: str
 
     def allocate(self, size: int) -> Any:
         """A buffer of so many bytes."""
@@ -113,6 +115,7 @@ class DeviceRunner:
         self.outputs = {o["name"]: _spec(o) for o in plan["outputs"]}
         self.in_place: dict[str, str] = plan["in_place"]
         self.bounds: dict[str, int] = plan["bounds"]
+        self.machine = machine.name
         self._own: dict[Any, tuple[Any, int]] = {}  # buffers that grow, by storage's number or tensor's name
         self._records: dict[Any, Any] = {}
 

@@ -19,7 +19,7 @@ from porter import memory
 from porter.context import Feeds
 from porter.errors import BundleError, OptionError
 from porter.run import fitting
-from porter.run.protocol import TensorSpec
+from porter.run.protocol import CPU, TensorSpec
 
 ALIGNMENT = 64  # kernels load whole vectors, so a buffer must begin on a cache line
 
@@ -47,6 +47,7 @@ class HostRunner:
         self.outputs = {o["name"]: _spec(o) for o in plan["outputs"]}
         self.in_place: dict[str, str] = plan["in_place"]
         self.bounds: dict[str, int] = plan["bounds"]
+        self.machine = CPU
 
     def run(self, feeds: Feeds) -> Feeds:
         """Outputs by name; one that overwrites an input is that input's own array, if that can be written."""

@@ -19,12 +19,17 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+CPU = "this machine's CPU"
+
+
 class Runner(Protocol):
     """Runs a model. `inputs` and `outputs` are in graph order; `in_place`: output -> the input it overwrites.
 
     `bounds` are the largest values that symbolic dimensions may have; a dimension it does not name has none.
+    `machine` is what computes, for people.
     """
 
+    machine: str
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     in_place: Mapping[str, str]

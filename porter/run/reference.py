@@ -18,7 +18,7 @@ from porter import graph
 from porter.context import Feeds
 from porter.errors import ModelError, OptionError
 from porter.graph.untrusted import shown
-from porter.run.protocol import TensorSpec
+from porter.run.protocol import CPU, TensorSpec
 
 _DTYPES = {
     "float": np.float32,
@@ -50,6 +50,7 @@ class ReferenceRunner:
     def __init__(self, model: str | os.PathLike | ir.Model, *, briefly: bool = False) -> None:
         self.in_place: Mapping[str, str] = {}
         self.bounds: Mapping[str, int] = {}
+        self.machine = CPU
         self.engine = "onnxruntime"
         if isinstance(model, ir.Model):
             with tempfile.TemporaryDirectory(prefix="porter-") as folder:
