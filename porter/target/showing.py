@@ -14,7 +14,7 @@ COLUMNS = ("name", "family", "memory", "TB/s", "bf16", "fp8", "int8", "fp4", "US
 NOTE = (
     "bf16, fp8, int8, fp4: peak TFLOP/s or TOP/s, dense, of what is multiplied as it is stored.\n"
     "USD/h: a chip's, on demand (*: spot or reserved). –: none, or not known.\n"
-    "A conversion for family tile or simt runs on this machine, in the numerics of the target."
+    "A port to a chip that is not at hand runs on this machine, in the numerics of the chip."
 )
 _RATES: dict[str, Callable[[str], bool]] = {
     "bf16": lambda name: name == "bf16",
