@@ -36,7 +36,7 @@ def test_logits_and_caches_are_the_same(name: str, tmp_path: Path, monkeypatch: 
 
     for folder, make in zip(folders, (lambda module, *_: Program(module), recorded), strict=True):
         folder.mkdir()
-        monkeypatch.setattr(lowering, "program", make)
+        monkeypatch.setattr(lowering.tile, "program", make)
         lowering.lower(model, target.load(name), folder, BOUNDS)
     runners = [HostRunner(folder) for folder in folders]
     caches = [decoders.empty_cache(model, 3) for _ in folders]
