@@ -15,14 +15,21 @@ from pathlib import Path
 
 import pytest
 
+from porter import target
 from porter.errors import EnvironmentFailure
 from porter.run import cuda, nvrtc
+from porter.target import TargetSpec
 
 HERE = Path(__file__).parent / "gpu"
 OPTIONS = ("-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread", "-w")
 KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^)]*\) \{(.*?)^\}", re.S | re.M)
 WAITS = re.compile(r"__syncthreads|_sync\(")
 INCLUDES = re.compile(r"^\s*#\s*include <(cuda\w*|math_constants)\.h>", re.M)
+
+
+def spec() -> TargetSpec:
+    """A chip of CUDA's whose products are of float32, as WebGPU's are."""
+    return target.load("webgpu").model_copy(update={"name": "emulated", "tvm": {"kind": "cuda", "arch": "sm_80"}})
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

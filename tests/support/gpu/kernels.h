@@ -87,15 +87,23 @@ inline thread_local unsigned thread;
 
 inline void __syncthreads() { group->met.arrive_and_wait(); }
 inline unsigned __activemask() { return 0xffffffffu; }
-template <class T> T __shfl_down_sync(unsigned, T value, unsigned lanes, unsigned width) {
+
+// The value of a lane of the warp: `from` says which, of this one's.
+template <class T, class F> T told(T value, F from) {
   static_assert(sizeof(T) == 4);
   auto& warp = *group->warps[thread / Group::WARP];
   unsigned lane = thread % Group::WARP;
   memcpy(&warp.told[lane], &value, 4);
   warp.met.arrive_and_wait();
-  if (lane % width + lanes < width) memcpy(&value, &warp.told[lane + lanes], 4);
+  memcpy(&value, &warp.told[from(lane)], 4);
   warp.met.arrive_and_wait();
   return value;
+}
+template <class T> T __shfl_sync(unsigned, T value, unsigned of, unsigned width) {
+  return told(value, [=](unsigned lane) { return lane - lane % width + of % width; });
+}
+template <class T> T __shfl_down_sync(unsigned, T value, unsigned by, unsigned width) {
+  return told(value, [=](unsigned lane) { return lane % width + by < width ? lane + by : lane; });
 }
 
 template <class F> void each(Place sizes, F body) {
