@@ -21,7 +21,16 @@ from porter.run import cuda, nvrtc
 from porter.target import TargetSpec
 
 HERE = Path(__file__).parent / "gpu"
-OPTIONS = ("-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread", "-w")
+OPTIONS = (
+    "-std=c++20",
+    "-O1",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+    "-w",
+)
 KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^)]*\) \{(.*?)^\}", re.S | re.M)
 WAITS = re.compile(r"__syncthreads|_sync\(")
 INCLUDES = re.compile(r"^\s*#\s*include <(cuda\w*|math_constants)\.h>", re.M)
@@ -29,7 +38,9 @@ INCLUDES = re.compile(r"^\s*#\s*include <(cuda\w*|math_constants)\.h>", re.M)
 
 def spec() -> TargetSpec:
     """A chip of CUDA's whose products are of float32, as WebGPU's are."""
-    return target.load("webgpu").model_copy(update={"name": "emulated", "tvm": {"kind": "cuda", "arch": "sm_80"}})
+    return target.load("webgpu").model_copy(
+        update={"name": "emulated", "tvm": {"kind": "cuda", "arch": "sm_80"}}
+    )
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -50,7 +61,9 @@ def _module(source: str, folder: Path) -> bytes:
 
 
 def _compiled(source: Path, to: Path) -> Path:
-    done = subprocess.run(["g++", *OPTIONS, source, "-o", to, "-ldl"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["g++", *OPTIONS, source, "-o", to, "-ldl"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise EnvironmentFailure("PORT-0908", done.stderr[:2000])
     return to

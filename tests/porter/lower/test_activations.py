@@ -30,8 +30,9 @@ ROUNDED = """g (float[b,50] x, int64[1] last) => (float[b,50] y) {
 FORMS = {"int8": ("127", 3), "fp8-e4m3fn": ("448", 17)}
 
 
-@pytest.mark.parametrize("chip", ["h100", "maia-200"])
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("chip", "name"), [("h100", "int8"), ("h100", "fp8-e4m3fn"), ("maia-200", "fp8-e4m3fn")]
+)
 def test_the_same_activations_give_the_same_codes(tmp_path: Path, chip: str, name: str) -> None:
     source = with_weights(model(ROUNDED % FORMS[name]), last=np.array([-1]))
     lower(source, target.load(chip), tmp_path, {"b": 64})
@@ -110,5 +111,7 @@ def test_a_chip_loses_what_the_oracle_does(
     form = "fp8-e4m3fn"
     _, known = ported(graph.load(stories_onnx), target.load("h100"), tmp_path, form, form)
     got = Decode(HostRunner(tmp_path), known, len(tokens)).step(tokens)
-    wanted, oracle = (llama.logits(tokens, how) for how in (Numerics(), Numerics("tf32", form, activations=form)))
+    wanted, oracle = (
+        llama.logits(tokens, how) for how in (Numerics(), Numerics("tf32", form, activations=form))
+    )
     assert abs(divergence(wanted, got) / divergence(wanted, oracle) - 1) < 0.15

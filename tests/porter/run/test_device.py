@@ -19,8 +19,8 @@ from porter.lower.lower import lower
 from porter.pipeline import Pipeline
 from porter.run import cuda, opening, webgpu
 from porter.run.decode import Decode, generate
-from porter.run.feeds import feeds
 from porter.run.device import DeviceRunner, Resident
+from porter.run.feeds import feeds
 from porter.run.host import HostRunner
 
 BOUNDS = {"batch": 3, "sequence": 8, "past": 32}

@@ -35,7 +35,11 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def nvcc() -> str | None:
     """NVIDIA's compiler, of its Python package or a toolkit, where there is a C++ compiler for it to call."""
     spec = importlib.util.find_spec("nvidia")
-    found = [f for p in (spec.submodule_search_locations or []) for f in Path(p).glob("*/bin/nvcc")] if spec else []
+    found = (
+        [f for p in (spec.submodule_search_locations or []) for f in Path(p).glob("*/bin/nvcc")]
+        if spec
+        else []
+    )
     return next(map(str, found), shutil.which("nvcc")) if shutil.which("g++") else None
 
 
