@@ -30,8 +30,8 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def headers() -> tuple[str, ...]:
-    """Folders of CUDA's headers, which kernels of 16-bit floats include: those of the Python packages, or of a
-    toolkit. Raises EnvironmentFailure PORT-0908 without any."""
+    """Folders of CUDA's headers, which kernels of 16-bit floats include: those of the Python packages, or
+    of a toolkit. Raises EnvironmentFailure PORT-0908 without any."""
     toolkits = [Path(os.environ[name]) for name in TOOLKITS if name in os.environ]
     for folder in (*_packages(), *toolkits, USUAL):
         if (folder / "include" / "cuda_fp16.h").is_file():

@@ -1,9 +1,9 @@
 """A GPU that is this CPU: the driver's calls and the kernels' CUDA source, compiled by g++.
 
 `porter.run.cuda` runs on it as on a GPU, with the same kernels, launches and arguments. Products and sums are
-rounded one by one, as NVRTC is told to; memory behind a buffer may not be touched, and new memory is not zero.
-What is not a GPU's: time, functions such as sin beyond their last bits, and threads side by side, but for kernels
-that wait for each other.
+rounded one by one, as NVRTC is told to; memory behind a buffer may not be touched, and new memory is not
+zero. What is not a GPU's: time, the last bits of functions such as sin, and threads side by side, but for
+kernels whose threads wait for each other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from porter.run import cuda, nvrtc
 from porter.target import TargetSpec
 
 HERE = Path(__file__).parent / "gpu"
-OPTIONS = (
+OPTIONS = [
     "-std=c++20",
     "-O1",
     "-ffp-contract=off",
@@ -30,7 +30,7 @@ OPTIONS = (
     "-fPIC",
     "-pthread",
     "-w",
-)
+]
 KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^)]*\) \{(.*?)^\}", re.S | re.M)
 WAITS = re.compile(r"__syncthreads|_sync\(")
 INCLUDES = re.compile(r"^\s*#\s*include <(cuda\w*|math_constants)\.h>", re.M)

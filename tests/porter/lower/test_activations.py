@@ -1,9 +1,9 @@
 """Activations that become codes on the chip: the codes themselves, and what a rounding before them comes to.
 
-A chip that rounds its other operands makes codes of slightly different numbers, and where one lies next to the
-boundary of two codes, another code: a step of an eighth, for E4M3. The next layer's activations differ by that,
-and so on. Measured as what the lowering does, that is large; measured against the float32 source it is nothing,
-since the other codes are as good.
+A chip that rounds its other operands makes codes of slightly different numbers, and where one lies next to
+the boundary of two codes, another code: a step of an eighth, for E4M3. The next layer's activations differ by
+that, and so on. Measured as what the lowering does, that is large; measured against the float32 source it is
+nothing, since the other codes are as good.
 """
 
 from __future__ import annotations

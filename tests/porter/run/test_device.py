@@ -1,5 +1,5 @@
-"""A decoder on WebGPU, in software where there is no GPU, and on CUDA, emulated: the host's tokens, with caches
-that stay there."""
+"""A decoder on WebGPU, in software where there is no GPU, and on CUDA, emulated: the host's tokens, with
+caches that stay there."""
 
 import os
 from collections.abc import Iterator
