@@ -17,7 +17,7 @@ Weights = Mapping[str, np.ndarray]
 class Numerics:
     """How a target multiplies: `floats` is what becomes of float32 operands, `codes` of weights in `weights`
     (a format with a scale for each group, or for each row) and of what they meet; `flush` its subnormals.
-    `activations`, where given, is the format in which what meets those weights is encoded, a row at a time."""
+    `activations`, where given, is the format in which what meets those weights is encoded, by rows."""
 
     floats: str = "fp32"
     weights: str = ""
