@@ -34,7 +34,8 @@ def held(function: tirx.PrimFunc, chip: Chip, bounds: Mapping[str, int]) -> list
 
     Of a buffer there is as much as one iteration of the loops around its allocation touches; sizes known
     only at run time count with their `bounds`. Operands count with the bits of the format they are
-    multiplied in. What each core has for itself of a memory that a cluster shares counts for all of them.
+    multiplied in. What each core has for itself of a memory that a cluster shares counts for all of them; of
+    what stays in the cores' own memories from one loop over them to the next, one core's part counts.
     """
     module = tvm.IRModule({"main": function})
     for step in (
@@ -52,7 +53,7 @@ def overflowing(function: tirx.PrimFunc, chip: Chip, bounds: Mapping[str, int]) 
     """The first level that has not enough for the buffers of a scheduled kernel; "" where all fit."""
     found = held(function, chip, bounds)
     totals = {one.level: sum(h.bytes for h in found if h.level == one.level) for one in found}
-    return next((n for n, total in totals.items() if total > int(chip.level(n).size.value)), "")
+    return next((n for n, total in totals.items() if total > chip.room(n)), "")
 
 
 def check(function: tirx.PrimFunc, name: str, chip: Chip, bounds: Mapping[str, int]) -> None:
@@ -60,7 +61,7 @@ def check(function: tirx.PrimFunc, name: str, chip: Chip, bounds: Mapping[str, i
     PORT-0436 when results of a unit step do not fit where `limits` wants them."""
     if level := overflowing(function, chip, bounds):
         here = [h for h in held(function, chip, bounds) if h.level == level]
-        total, size = sum(h.bytes for h in here), int(chip.level(level).size.value)
+        total, size = sum(h.bytes for h in here), chip.room(level)
         top = max(here, key=lambda h: h.bytes)
         shape = " x ".join(map(str, top.shape))
         what = f"{name} needs {total:,} bytes of {level}, which has {size:,}: {top.name} takes "
@@ -165,10 +166,15 @@ class _Walk:
         """How many places of a dimension are touched between allocation and release; all of them where the
         accesses have no common start."""
         whole = self._most(buffer.shape[dim])
+        own = self.chip.level(buffer.scope().removeprefix(SCOPE)).scope in ("core", "unit")
         start, low, high = None, 0, 0
         for indices, loops in self.accesses.get(buffer, []):
-            inner = {loop.loop_var: tirx.IntImm("int64", 0) for loop in loops[self.found[buffer] :]}
-            base = self.analyzer.simplify(substituted(indices[dim], inner))
+            inner = loops[self.found[buffer] :]
+            zero = tirx.IntImm("int64", 0)
+            if own:  # the first core's part
+                first = {loop.loop_var: zero for loop in inner if CORES in loop.annotations}
+                indices = [substituted(index, first) for index in indices]
+            base = self.analyzer.simplify(substituted(indices[dim], {o.loop_var: zero for o in inner}))
             if start is None:
                 start = base
             elif not self.analyzer.can_prove_equal(start, base):

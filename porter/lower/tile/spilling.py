@@ -1,0 +1,144 @@
+"""Spilling: sums of a product that accumulators cannot hold, kept in the core's memory from chunk to chunk of k.
+
+    for group of step tiles:                    of each chunk
+      sums -> accumulators                      zeros in the first chunk, which cost nothing
+      product                                   unit steps
+      accumulators -> sums
+
+What is added to a sum, and in which order, stays as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import s_tir, tirx
+from tvm.ir import Expr, Range
+
+from porter.lower.tile.chip import Chip
+from porter.lower.tile.nests import substituted
+from porter.lower.tile.staging import COPY, FREE, VECTOR, VECTOR_OPS
+
+SPILL = "porter.spill"  # on the loop of a group, until `spilled` has seen it
+
+
+def spilled(function: tirx.PrimFunc, chip: Chip, group: tuple[int, int]) -> tirx.PrimFunc:
+    """`function` with the sums of its block `product` in accumulators for a group of rows and columns.
+
+    The loop of a group is marked with SPILL; the sums are in the core's memory, and the nest that clears
+    them (`product_init`) goes.
+    """
+    root = function.body.block
+    made = _Spill(chip, group)
+    body = made.visit(root.body)
+    assert made.held is not None
+    block = s_tir.SBlock(
+        root.iter_vars,
+        root.reads,
+        root.writes,
+        root.name_hint,
+        body,
+        root.init,
+        [*root.alloc_buffers, made.held],
+        root.match_buffers,
+        root.annotations,
+    )
+    return function.with_body(s_tir.SBlockRealize([], True, block))
+
+
+class _Spill:
+    def __init__(self, chip: Chip, group: tuple[int, int]) -> None:
+        self.chip, self.group = chip, group
+        self.held: Any = None
+
+    def visit(self, node: Any) -> Any:
+        if isinstance(node, tirx.SeqStmt):
+            kept = [made for part in node.seq if (made := self.visit(part)) is not None]
+            return kept[0] if len(kept) == 1 else tirx.SeqStmt(kept)
+        if not isinstance(node, tirx.For):
+            clears = isinstance(node, s_tir.SBlockRealize) and node.block.name_hint == "product_init"
+            return None if clears else node
+        if SPILL in node.annotations:
+            return _loop(node, self._group(node.body), False)
+        body = self.visit(node.body)
+        return None if body is None else _loop(node, body, True)
+
+    def _group(self, body: Any) -> tirx.Stmt:
+        """The body of the loop of a group."""
+        loops, node = [], body
+        while isinstance(node, tirx.For):
+            loops.append(node)
+            node = node.body
+        inner = {loop.loop_var: tirx.IntImm("int64", 0) for loop in loops}
+        values = [substituted(value, inner) for value in node.iter_values]
+        (region,) = node.block.writes
+        sums, at = region.source, dict(zip([a.var for a in node.block.iter_vars], values, strict=True))
+        starts = [substituted(r.min, at) for r in region.region]
+        scope = self.chip.accumulators
+        self.held = tirx.decl_buffer(sums.shape, sums.dtype, f"{sums.name}_held", scope=scope)
+        extents = [*[1] * (len(starts) - 2), *self.group]
+        zero = tirx.const(0, str(sums.dtype))
+        clear = _nest("clear", starts, extents, None, self.held, zero, {FREE: 1})
+        load = _nest("load", starts, extents, sums, self.held, None, self._moves())
+        store = _nest("keep", starts, extents, self.held, sums, None, self._moves())
+        begin = tirx.IfThenElse(values[-1] == tirx.IntImm("int64", 0), clear, load)
+        product: tirx.Stmt = substituted(_within(node, values[-1], loops[-1]), {sums: self.held})
+        for loop in reversed(loops):
+            product = _loop(loop, product, True)
+        return tirx.SeqStmt([begin, product, store])
+
+    def _moves(self) -> dict[str, Any]:
+        dma = self.chip.spilling
+        return {COPY: dma} if dma else {VECTOR: 1, VECTOR_OPS: 1}
+
+
+def _within(realize: s_tir.SBlockRealize, start: Expr, steps: tirx.For) -> s_tir.SBlockRealize:
+    """A product that sums over the steps of one chunk, which begins at `start`.
+
+    TVM keeps what a block reduces into as long as all loops of the reduction.
+    """
+    block, (*axes, k) = realize.block, realize.block.iter_vars
+    begin, step = tirx.Var("begin", "int64"), tirx.Var("step", "int64")
+    first = tirx.IterVar(k.dom, begin, tirx.IterVar.DataPar)
+    inner = tirx.IterVar(Range(0, steps.extent), step, tirx.IterVar.CommReduce)
+    at = {k.var: begin + step}
+    reads = [substituted(r, at) for r in block.reads]
+    rest = (block.name_hint, substituted(block.body, at), block.init, block.alloc_buffers, block.match_buffers)
+    block = s_tir.SBlock([*axes, first, inner], reads, block.writes, *rest, block.annotations)
+    values = [*list(realize.iter_values)[:-1], start, steps.loop_var]
+    return s_tir.SBlockRealize(values, realize.predicate, block)
+
+
+def _loop(node: tirx.For, body: tirx.Stmt, annotated: bool) -> tirx.For:
+    annotations = node.annotations if annotated else None
+    return tirx.For(node.loop_var, node.min, node.extent, node.kind, body, None, annotations)
+
+
+def _nest(
+    name: str,
+    starts: list[Expr],
+    extents: list[int],
+    source: Any,
+    target: Any,
+    value: Expr | None,
+    annotations: dict[str, Any],
+) -> tirx.Stmt:
+    """target[at] = source[at], or a value, for all places of a box."""
+    axes = [tirx.Var(f"v{d}", "int64") for d in range(len(starts))]
+    loops = [tirx.Var(f"s{d}", "int64") for d in range(len(starts))]
+    at = [Range.from_min_extent(v, 1) for v in axes]
+    block = s_tir.SBlock(
+        [tirx.IterVar(Range(0, e), v, tirx.IterVar.DataPar) for v, e in zip(axes, target.shape, strict=True)],
+        [] if source is None else [tirx.BufferRegion(source, at)],
+        [tirx.BufferRegion(target, at)],
+        f"sums_{name}",
+        tirx.BufferStore(target, source[tuple(axes)] if value is None else value, axes),
+        annotations=annotations,
+    )
+    places = [start + loop for start, loop in zip(starts, loops, strict=True)]
+    body: tirx.Stmt = s_tir.SBlockRealize(places, True, block)
+    for loop, extent in reversed(list(zip(loops, extents, strict=True))):
+        body = tirx.For(
+            loop, tirx.IntImm("int64", 0), tirx.IntImm("int64", extent), tirx.ForKind.SERIAL, body
+        )
+    return body
