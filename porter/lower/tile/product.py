@@ -28,11 +28,13 @@ from tvm import tirx
 from porter.lower.blocks.define import PLAIN
 from porter.lower.tile.chip import Chip, width
 from porter.lower.tile.nests import Nest, apart
-from porter.lower.tile.padding import STORE, padded
+from porter.lower.tile.padding import KEEP, STORE, grown, padded
 from porter.lower.tile.search import choose
 from porter.lower.tile.spilling import SPILL, spilled
 from porter.lower.tile.staging import CLUSTERS, CORES, FREE, MATRIX, MNK, SLOTS, Staging
 from porter.lower.tile.tiling import Operand, Part, Sizes, Tiling
+
+LAST = "y_scale"
 
 
 def schedule(function: tirx.PrimFunc, form: str, chip: Chip, tiling: Tiling | None = None) -> tirx.PrimFunc:
@@ -46,7 +48,10 @@ def schedule(function: tirx.PrimFunc, form: str, chip: Chip, tiling: Tiling | No
     if tiling is None:
         tiling = choose(sizes_of(function, form), chip)
     lead = len(main.loops) - 3
-    whole = padded(function, "product", {lead: tiling.row_multiple, lead + 1: tiling.column_multiple})
+    multiples = {lead: tiling.row_multiple, lead + 1: tiling.column_multiple}
+    whole = padded(function, "product", multiples)
+    last = LAST if LAST in [n.name for n in apart(whole) or []] else KEEP
+    whole = grown(whole, (last,), multiples, 0.0)
     plain = [str(name) for name in function.attrs.get(PLAIN, ())]
     return _Schedule(Staging(whole, chip), tiling, form, [n.name for n in operands], plain).run()
 
@@ -166,9 +171,9 @@ class _Schedule:
         """What becomes of sums, when all of k is done: strips of a core's rows."""
         schedule, t = self.schedule, self.tiling
         last = next(iter(schedule.get_consumers(self.product)))
-        assert schedule.get(last).name_hint in ("y_scale", STORE)
-        copies = self.staging.cached(last)
-        schedule.reverse_compute_at(last, loops.piece)
+        assert schedule.get(last).name_hint in (LAST, KEEP)
+        schedule.set_scope(last, 0, self.chip.path[-1].scope)
+        schedule.reverse_compute_at(last, loops.piece, preserve_unit_loops=True)
         *_, rows, columns = schedule.get_loops(last)
         strips = -(-t.rows // t.strip)
         cm, so, si = schedule.split(rows, [t.core_rows, strips, t.strip])
@@ -177,8 +182,7 @@ class _Schedule:
         core = schedule.fuse(cm, cn)
         if self.clustered:
             schedule.annotate(core, CORES, 1)
-        places = self._places(loops.piece, so)
-        self.staging.outwards(copies, places)
+        self.staging.store(self.block(STORE), self._places(loops.piece, so))
         for number in self.staging.inputs(last):
             self.staging.read(last, number, self._places(loops.piece, core))
         self.staging.vector(last, 2)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tvm
 from tvm import s_tir, tirx
 from tvm.ir import Expr, Range
 
@@ -56,36 +57,39 @@ class _Spill:
             kept = [made for part in node.seq if (made := self.visit(part)) is not None]
             return kept[0] if len(kept) == 1 else tirx.SeqStmt(kept)
         if not isinstance(node, tirx.For):
-            clears = isinstance(node, s_tir.SBlockRealize) and node.block.name_hint == "product_init"
-            return None if clears else node
+            return node
         if SPILL in node.annotations:
-            return _loop(node, self._group(node.body), False)
+            group = self._group(node.body)
+            return None if group is None else _loop(node, group, False)
         body = self.visit(node.body)
         return None if body is None else _loop(node, body, True)
 
-    def _group(self, body: Any) -> tirx.Stmt:
-        """The body of the loop of a group."""
+    def _group(self, body: Any) -> tirx.Stmt | None:
+        """The body of the loop of a group; None where it clears the sums."""
         loops, node = [], body
         while isinstance(node, tirx.For):
             loops.append(node)
             node = node.body
+        if node.block.name_hint == "product_init":
+            return None
         inner = {loop.loop_var: tirx.IntImm("int64", 0) for loop in loops}
-        values = [substituted(value, inner) for value in node.iter_values]
+        simple = tvm.sym.Analyzer().simplify
+        values = [simple(substituted(value, inner)) for value in node.iter_values]
         (region,) = node.block.writes
         sums, at = region.source, dict(zip([a.var for a in node.block.iter_vars], values, strict=True))
-        starts = [substituted(r.min, at) for r in region.region]
+        starts = [simple(substituted(r.min, at)) for r in region.region]
         scope = self.chip.accumulators
         self.held = tirx.decl_buffer(sums.shape, sums.dtype, f"{sums.name}_held", scope=scope)
         extents = [*[1] * (len(starts) - 2), *self.group]
         zero = tirx.const(0, str(sums.dtype))
-        clear = _nest("clear", starts, extents, None, self.held, zero, {FREE: 1})
-        load = _nest("load", starts, extents, sums, self.held, None, self._moves())
-        store = _nest("keep", starts, extents, self.held, sums, None, self._moves())
-        begin = tirx.IfThenElse(values[-1] == tirx.IntImm("int64", 0), clear, load)
+        first = values[-1] == tirx.IntImm("int64", 0)
+        clear = _nest("clear", starts, extents, first, (None, self.held), zero, {FREE: 1})
+        load = _nest("load", starts, extents, tirx.Not(first), (sums, self.held), None, self._moves())
+        store = _nest("keep", starts, extents, True, (self.held, sums), None, self._moves())
         product: tirx.Stmt = substituted(_within(node, values[-1], loops[-1]), {sums: self.held})
         for loop in reversed(loops):
             product = _loop(loop, product, True)
-        return tirx.SeqStmt([begin, product, store])
+        return tirx.SeqStmt([clear, load, product, store])
 
     def _moves(self) -> dict[str, Any]:
         dma = self.chip.spilling
@@ -118,12 +122,13 @@ def _nest(
     name: str,
     starts: list[Expr],
     extents: list[int],
-    source: Any,
-    target: Any,
+    where: Expr | bool,
+    ends: tuple[Any, Any],
     value: Expr | None,
     annotations: dict[str, Any],
 ) -> tirx.Stmt:
     """target[at] = source[at], or a value, for all places of a box."""
+    source, target = ends
     axes = [tirx.Var(f"v{d}", "int64") for d in range(len(starts))]
     loops = [tirx.Var(f"s{d}", "int64") for d in range(len(starts))]
     at = [Range.from_min_extent(v, 1) for v in axes]
@@ -136,7 +141,7 @@ def _nest(
         annotations=annotations,
     )
     places = [start + loop for start, loop in zip(starts, loops, strict=True)]
-    body: tirx.Stmt = s_tir.SBlockRealize(places, True, block)
+    body: tirx.Stmt = s_tir.SBlockRealize(places, where, block)
     for loop, extent in reversed(list(zip(loops, extents, strict=True))):
         body = tirx.For(
             loop, tirx.IntImm("int64", 0), tirx.IntImm("int64", extent), tirx.ForKind.SERIAL, body
