@@ -164,7 +164,7 @@ class _Walk:
 
     def _extent(self, buffer: Any, dim: int) -> int:
         """How many places of a dimension are touched between allocation and release; all of them where the
-        accesses have no common start."""
+        starts of the accesses are not a fixed way apart."""
         whole = self._most(buffer.shape[dim])
         own = self.chip.level(buffer.scope().removeprefix(SCOPE)).scope in ("core", "unit")
         start, low, high = None, 0, 0
@@ -177,8 +177,10 @@ class _Walk:
             base = self.analyzer.simplify(substituted(indices[dim], {o.loop_var: zero for o in inner}))
             if start is None:
                 start = base
-            elif not self.analyzer.can_prove_equal(start, base):
+            apart = self.analyzer.simplify(base - start)
+            if not isinstance(apart, tirx.IntImm):
                 return whole
             bound = self.analyzer.const_int_bound(self.analyzer.simplify(indices[dim] - base))
-            low, high = min(low, int(bound.min_value)), max(high, int(bound.max_value))
+            low = min(low, int(apart) + int(bound.min_value))
+            high = max(high, int(apart) + int(bound.max_value))
         return min(whole, high - low + 1)

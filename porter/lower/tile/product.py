@@ -96,14 +96,13 @@ def _operand(nest: Nest, rows: int | None, plain: bool) -> Operand:
 @dataclass
 class _Loops:
     """Of the product: of clusters (or cores), of pieces, of chunks of k in the first level and in the core's,
-    of cores, of groups of step tiles, of a unit step's rows."""
+    of cores, and of a unit step's rows."""
 
     outer: Any
     piece: Any
     chunk: Any
     core: Any
     inner: Any
-    group: Any
     unit: Any
 
 
@@ -148,20 +147,23 @@ class _Schedule:
         """Split and order the product's loops."""
         schedule, t = self.schedule, self.tiling
         *lead, i, n, k = schedule.get_loops(self.product)
-        of_rows = [None, t.core_rows, t.rows // t.group_rows, t.group_rows // t.step_rows, t.step_rows]
-        of_columns = [t.columns // t.group_columns, t.group_columns // t.step_columns, t.step_columns]
-        mo, cm, mg, ma, mi = schedule.split(i, of_rows)
-        g, p, cn, ng, na, ni = schedule.split(n, [None, t.pieces, t.core_columns, *of_columns])
+        hr, hc = t.turns
+        of_rows = [hr, t.rows // hr // t.group_rows, t.group_rows // t.step_rows, t.step_rows]
+        of_columns = [hc, t.columns // hc // t.group_columns, t.group_columns // t.step_columns]
+        mo, cm, hm, mg, ma, mi = schedule.split(i, [None, t.core_rows, *of_rows])
+        outer = [None, t.pieces, t.core_columns]
+        g, p, cn, hn, ng, na, ni = schedule.split(n, [*outer, *of_columns, t.step_columns])
         kc, ko, ks = schedule.split(k, [None, t.outer_chunk // t.chunk, t.chunk])
-        schedule.reorder(*lead, mo, g, p, kc, cm, cn, ko, mg, ng, ma, na, ks, mi, ni)
+        schedule.reorder(*lead, mo, g, p, kc, cm, cn, ko, mg, ng, hm, hn, ma, na, ks, mi, ni)
         outer = schedule.fuse(*lead, mo, g)
         core = schedule.fuse(cm, cn)
         if self.clustered:
             schedule.annotate(outer, CLUSTERS, 1)
         schedule.annotate(core if self.clustered else outer, CORES, 1)
+        half = schedule.fuse(hm, hn)
         if t.spilled:
-            schedule.annotate(ng, SPILL, 1)
-        return _Loops(outer, p, kc, core, ko, ng, mi)
+            schedule.annotate(half, SPILL, 1)
+        return _Loops(outer, p, kc, core, ko, mi)
 
     def _places(self, outer: Any, inner: Any) -> list[Any]:
         """The loop of each hop's copy: the last one's is the core's."""
@@ -175,13 +177,15 @@ class _Schedule:
         schedule.set_scope(last, 0, self.chip.path[-1].scope)
         schedule.reverse_compute_at(last, loops.piece, preserve_unit_loops=True)
         *_, rows, columns = schedule.get_loops(last)
-        strips = -(-t.rows // t.strip)
-        cm, so, si = schedule.split(rows, [t.core_rows, strips, t.strip])
-        cn, ni = schedule.split(columns, [t.core_columns, t.columns])
-        schedule.reorder(cm, cn, so, si, ni)
-        core = schedule.fuse(cm, cn)
+        hr, hc = t.turns
+        cm, hm, so, si = schedule.split(rows, [t.core_rows, hr, t.rows // hr // t.strip, t.strip])
+        cn, hn, ni = schedule.split(columns, [t.core_columns, hc, t.columns // hc])
+        schedule.reorder(cm, cn, hm, hn, so, si, ni)
+        core, half = schedule.fuse(cm, cn), schedule.fuse(hm, hn)
         if self.clustered:
             schedule.annotate(core, CORES, 1)
+        if t.spilled:
+            schedule.annotate(half, SPILL, 1)
         self.staging.store(self.block(STORE), self._places(loops.piece, so))
         for number in self.staging.inputs(last):
             self.staging.read(last, number, self._places(loops.piece, core))
@@ -194,4 +198,4 @@ class _Schedule:
         schedule.annotate(self.block("product_init"), FREE, 1)
         block = schedule.blockize(loops.unit)
         mnk = t.step.mnk(t.step_rows, t.step_columns)
-        self.staging.annotate(block, {MATRIX: self.form, MNK: mnk, SLOTS: t.sums})
+        self.staging.annotate(block, {MATRIX: self.form, MNK: mnk, SLOTS: t.slots})

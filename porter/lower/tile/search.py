@@ -107,8 +107,9 @@ def _strips(tile: Tiling, chip: Chip) -> list[int]:
     dma = chip.spec.dma[chip.path[-1].dma]
     rate = _rate(chip, chip.path[-1].dma, chip.cores * chip.clusters)
     enough = dma.fixed.value * rate / (4 * tile.columns)
-    small = next(r for r in divisors(tile.rows, tile.step_rows) if r >= min(enough, tile.rows))
-    return sorted({small, tile.rows})
+    most = tile.rows // tile.turns[0]
+    small = next(r for r in divisors(most, tile.step_rows) if r >= min(enough, most))
+    return sorted({small, most})
 
 
 def _outer(tile: Tiling, sizes: Sizes, chip: Chip) -> list[int]:
@@ -207,7 +208,7 @@ class _Weights:
         first, last = chip.path[0].dma, chip.path[-1].dma
         x_first = self.copy(first, rows, sizes.x, 1 if t.kept else part, active)
         w_first = self.copy(first, columns, sizes.w, part, active)
-        y_first = self._out(first, rows * columns * 4, active, 1 if clustered else t.rows // t.strip)
+        y_first = self._out(first, rows * columns * 4, active, 1 if clustered else t.rows * t.turns[1] // t.strip)
         hbm = w_first * chunks + (0 if t.kept else x_first * chunks) + y_first
         hbm += x_first / t.pieces if t.kept else 0
         decode_x = 0 if sizes.x.plain else (t.rows * t.chunk * t.step.k * len(sizes.x.parts)) / self.vector
@@ -217,7 +218,7 @@ class _Weights:
         if t.kept and not clustered:
             decode_x = decode_x * again / t.pieces / again
         results = t.rows * t.columns
-        strips = t.rows // t.strip
+        strips = t.rows * t.turns[1] // t.strip
         y = results * sizes.last / self.vector + strips * self.start
         matrix = self._matrix(t) * again
         vector = (decode_x + decode_w + 2 * self.start) * again + y
@@ -234,6 +235,7 @@ class _Weights:
             if chip.spilling:
                 moved = self._out(chip.spilling, results * 4, active * cores, groups)
                 local = max(local, 2 * moved * again)
+                matrix += 2 * moved * again if t.turns == (1, 1) else 0
             else:
                 moved = 2 * (results / self.vector + groups * self.start) * again
                 matrix, vector = matrix + moved, vector + moved

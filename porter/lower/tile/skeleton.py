@@ -95,18 +95,22 @@ class _Skeleton:
         accumulators = chip.matrix.accumulates
         size = t.group_rows * t.group_columns
         m, n, _ = t.step.mnk(t.group_rows, t.group_columns)
-        held = self._buffer("held", accumulators, t.sums)
         reads, k = ("x operand", "w operand"), t.chunk * t.step.k
-        product = Matrix("product", self.sizes.form, m, n, k, (held, *reads), (held,))
-        if not t.spilled:
-            return (product,)
-        sums = self._buffer("sums", self.levels[-1], 1)
-        load, store = self._moved("load", sums, held, size), self._moved("keep", held, sums, size)
-        first = ("==", "kc", 0)
-        if chip.clusters > 1:
-            first = ("and", first, ("==", "ko", 0))
-        groups = (t.rows // t.group_rows) * (t.columns // t.group_columns)
-        return (Loop("group", groups, (When(("not", first), (load,)), product, store)),)
+        halves = math.prod(t.turns)
+        groups = (t.rows // t.group_rows) * (t.columns // t.group_columns) // halves
+        nodes: list[Node] = []
+        for i in range(halves):
+            held = self._buffer(f"held {i}", accumulators, t.slots)
+            product = Matrix("product", self.sizes.form, m, n, k, (held, *reads), (held,))
+            if not t.spilled:
+                return (product,)
+            sums = self._buffer(f"sums {i}", self.levels[-1], 1)
+            load, store = self._moved("load", sums, held, size), self._moved("keep", held, sums, size)
+            first = ("==", "kc", 0)
+            if chip.clusters > 1:
+                first = ("and", first, ("==", "ko", 0))
+            nodes += [When(("not", first), (load,)), product, store]
+        return (Loop("group", groups, tuple(nodes)),)
 
     def _moved(self, name: str, source: str, target: str, size: int) -> Node:
         if dma := self.chip.spilling:
@@ -116,9 +120,8 @@ class _Skeleton:
     def _last(self, rows: int, columns: int) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
         """What a core does with its sums, and the copies of the whole cluster's results."""
         t, chip = self.t, self.chip
-        sums = "sums" if t.spilled else "held"
         scales: list[Node] = []
-        reads = [sums]
+        reads = []
         for i in range(self.sizes.last - 1):
             source = self._buffer(f"scale{i}", self.outer, 0)
             hop = chip.path[-1]
@@ -127,20 +130,21 @@ class _Skeleton:
             target = self._buffer(f"scale{i} {hop.level}", hop.level, 2)
             scales.append(Copy(target, hop.dma, source, target, t.columns, t.columns, 32))
             reads.append(target)
-        strips = t.rows // t.strip
-        size = t.strip * t.columns
-        y = self._buffer("y strip", self.levels[-1], 2)
-        names = [y, *(self._buffer(f"y {level}", level, 2) for level in reversed(self.levels[:-1]))]
+        strips = t.rows // t.turns[0] // t.strip
+        size = t.strip * t.columns // t.turns[1]
+        names = [self._buffer(f"y {level}", level, 2) for level in reversed(self.levels[:-1])]
         names.append(self._buffer("y", self.outer, 0))
-        whole = t.columns * t.core_columns * t.groups * t.pieces == columns
-        run = size if whole and len(names) == 2 else t.columns
+        whole = t.columns * t.core_columns * t.groups * t.pieces == columns and math.prod(t.turns) == 1
+        run = size if whole and len(names) == 1 else t.columns // t.turns[1]
         used = min(size, rows * columns) if t.core_rows * t.core_columns == 1 else size
-        copy = Copy("y out", chip.path[-1].dma, names[0], names[1], used, run, 32)
-        vector = Vector("y", used, self.sizes.last, tuple(reads), (y,))
-        out = [
-            Copy(f"{b} out", hop.dma, a, b, rows * columns, columns, 32)
-            for a, b, hop in zip(names[1:-1], names[2:], reversed(chip.path[:-1]), strict=True)
-        ]
-        return (*scales, Loop("strip", strips, (vector, copy))), tuple(out)
+        halves = []
+        for i in range(math.prod(t.turns)):
+            y, sums = self._buffer(f"y {i}", self.levels[-1], 2), "sums" if t.spilled else "held"
+            vector = Vector("y", used, self.sizes.last, (*reads, f"{sums} {i}"), (y,))
+            out = Copy("y out", chip.path[-1].dma, y, names[0], used, run, 32)
+            halves.append(Loop(f"strip {i}", strips, (vector, out)))
+        onwards = zip(names[:-1], names[1:], reversed(chip.path[:-1]), strict=True)
+        copies = [Copy(f"{b} out", hop.dma, a, b, rows * columns, columns, 32) for a, b, hop in onwards]
+        return (*scales, *halves), tuple(copies)
 
 

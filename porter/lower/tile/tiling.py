@@ -59,8 +59,9 @@ class Tiling:
     Of the `steps` of k a core holds `chunk` at a time, and the first level, where that is a cluster's,
     `outer_chunk`. `kept`: the first level holds all of k of the rows of x, for all pieces.
 
-    Sums: of `group_rows` x `group_columns` are in the accumulators at a time, with `sums` slots. If that is
-    not the core's tile they are `spilled`. y leaves a core in strips of `strip` rows.
+    Sums: of `group_rows` x `group_columns` are in the accumulators at a time, and if `sums` is 2 of as many
+    besides. If that is not the core's tile they are `spilled`, and of halves of it, one below or beside the
+    other as `turns` says, groups take turns. y leaves a core in strips of `strip` rows.
     """
 
     step: Step
@@ -81,11 +82,17 @@ class Tiling:
     group_columns: int
     sums: int
     strip: int
+    turns: tuple[int, int] = (1, 1)
 
     @property
     def spilled(self) -> bool:
         """Whether sums are kept in the core's memory."""
         return (self.group_rows, self.group_columns) != (self.rows, self.columns)
+
+    @property
+    def slots(self) -> int:
+        """Of a buffer in the accumulators; halves have one each."""
+        return self.sums // math.prod(self.turns)
 
     @property
     def row_multiple(self) -> int:
@@ -99,7 +106,10 @@ class Tiling:
 
 
 def grouped(tiling: Tiling, chip: Chip) -> Tiling:
-    """With as many sums in the accumulators as they hold twice, or, if need be, once."""
+    """With as many sums in the accumulators as they hold twice, or, if need be, once; all of them where those
+    are the memory of operands too."""
+    if chip.matrix.accumulates == chip.matrix.reads:
+        return replace(tiling, group_rows=tiling.rows, group_columns=tiling.columns, sums=1)
     room = chip.room(chip.matrix.accumulates)
 
     def held(rows: int, columns: int) -> int:
@@ -110,19 +120,17 @@ def grouped(tiling: Tiling, chip: Chip) -> Tiling:
         slots = 2 if 2 * whole <= room else 1
         return replace(tiling, group_rows=tiling.rows, group_columns=tiling.columns, sums=slots)
     slots = 2 if 2 * held(tiling.step_rows, tiling.step_columns) <= room else 1
-    columns = max(
-        (
-            c
-            for c in divisors(tiling.columns, tiling.step_columns)
-            if slots * held(tiling.step_rows, c) <= room
-        ),
-        default=tiling.step_columns,
-    )
-    rows = max(
-        (r for r in divisors(tiling.rows, tiling.step_rows) if slots * held(r, columns) <= room),
-        default=tiling.step_rows,
-    )
-    return replace(tiling, group_rows=rows, group_columns=columns, sums=slots)
+    turns = (1, 1)
+    if slots == 2 and tiling.rows // tiling.step_rows % 2 == 0:
+        turns = (2, 1)
+    elif slots == 2 and tiling.columns // tiling.step_columns % 2 == 0:
+        turns = (1, 2)
+    columns, rows = tiling.step_columns, tiling.step_rows
+    for c in divisors(tiling.columns // turns[1], columns):
+        columns = c if slots * held(rows, c) <= room else columns
+    for r in divisors(tiling.rows // turns[0], rows):
+        rows = r if slots * held(r, columns) <= room else rows
+    return replace(tiling, group_rows=rows, group_columns=columns, sums=slots, turns=turns)
 
 
 def divisors(size: int, unit: int) -> list[int]:
@@ -145,8 +153,9 @@ def core_bytes(tiling: Tiling, sizes: Sizes, chip: Chip) -> int:
         if not operand.plain:
             total += slots * _raw(operand, rows, steps / t.steps, chip)
         total += slots * chip.bytes((rows, steps * t.step.k), wide)
-    total += chip.bytes((t.rows, t.columns), 32) if t.spilled else 0
-    total += 2 * chip.bytes((t.strip, t.columns), 32)
+    if t.spilled or chip.matrix.accumulates == chip.matrix.reads:
+        total += chip.bytes((t.rows, t.columns), 32)
+    total += 2 * math.prod(t.turns) * chip.bytes((t.strip, t.columns // t.turns[1]), 32)
     return total + 2 * (sizes.last - 1) * chip.bytes((t.columns, 1), 32)
 
 
