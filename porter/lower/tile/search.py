@@ -12,12 +12,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from porter.lower.tile.chip import Chip, up
+from porter.lower.tile.chip import Chip, Step, up
 from porter.lower.tile.skeleton import skeleton
 from porter.lower.tile.tiling import Operand, Sizes, Tiling, divisors, fits, grouped
 from porter.simulate import simulate
 
-SIMULATED = 16  # tilings that are simulated: more find nothing better by a per cent
+OFF = 1.15  # how much longer a tiling may be weighed to be than another that it may beat
+SIMULATED = 12  # ways to cut rows and columns whose chunks are simulated
 PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 192, 256)
 
 
@@ -26,31 +27,46 @@ def choose(sizes: Sizes, chip: Chip) -> Tiling:
     found = shortlist(sizes, chip, SIMULATED)
     if len(found) < 2:
         return found[0] if found else _least(sizes, chip)
-    return min(found, key=lambda t: simulate(skeleton(t, sizes, chip), chip.spec).seconds)
+    weights, best, shortest = _Weights(sizes, chip), found[0], math.inf
+    for tiling in found:
+        if weights.seconds(tiling) < shortest * OFF:
+            seconds = float(simulate(skeleton(tiling, sizes, chip), chip.spec).seconds)
+            if seconds < shortest:
+                best, shortest = tiling, seconds
+    return best
 
 
 def shortlist(sizes: Sizes, chip: Chip, count: int) -> list[Tiling]:
-    """The best tilings by `_Weights`, best first."""
+    """The best ways to cut rows and columns, each with its two best chunks, by `_Weights`; best first.
+
+    Ways are tried from the one that promises most, until none that is left can be among the best.
+    """
     weights = _Weights(sizes, chip)
-    numbered = ((weights.seconds(t), i, t) for i, t in enumerate(candidates(sizes, chip)))
-    return [t for _, _, t in heapq.nsmallest(count, numbered, key=lambda one: one[:2])]
+    tiles = sorted(((weights.least(t), i, t) for i, t in enumerate(_tiles(sizes, chip))), key=lambda o: o[:2])
+    best: list[tuple[float, int, Tiling]] = []  # of each the longest first, negative
+    for least, i, tile in tiles:
+        if len(best) == 2 * count and least > -best[0][0]:
+            break
+        found = [(weights.seconds(t), t) for t in _chunks(grouped(tile, chip), sizes, chip)]
+        for n, (seconds, t) in enumerate(heapq.nsmallest(2, found, key=lambda one: one[0])):
+            heapq.heappush(best, (-seconds, 2 * i + n, t))
+            if len(best) > 2 * count:
+                heapq.heappop(best)
+    return [t for *_, t in sorted(best, key=lambda one: -one[0])]
 
 
 def candidates(sizes: Sizes, chip: Chip) -> Iterator[Tiling]:
-    """All tilings that fit."""
+    """All tilings that fit, as far as they are tried."""
     for tile in _tiles(sizes, chip):
-        best = grouped(tile, chip)
-        for chunked in _chunks(best, sizes, chip):
-            yield chunked
+        yield from _chunks(grouped(tile, chip), sizes, chip)
 
 
 def _tiles(sizes: Sizes, chip: Chip) -> Iterator[Tiling]:
     """Ways to cut rows and columns, with chunks of one step of k."""
     rows, columns, steps = sizes.supposed()
     step = chip.step(sizes.form)
-    unit = min(step.rows, rows), min(step.columns, columns)
     takers, seen = chip.clusters if chip.clusters > 1 else chip.cores, set()
-    for side_rows, side_columns in _sides(rows, columns, unit, chip):
+    for unit, (side_rows, side_columns) in _units(rows, columns, step, chip):
         for down in _parts(-(-rows // (side_rows * unit[0]))):
             tile_rows = up(-(-rows // (down * side_rows)), unit[0])
             for across in _parts(-(-columns // (side_columns * unit[1]))):
@@ -66,6 +82,18 @@ def _tiles(sizes: Sizes, chip: Chip) -> Iterator[Tiling]:
                         step, *unit, tile_rows, tile_columns, side_rows, side_columns, real, groups, pieces,
                         steps, 1, 1, False, *unit, 1, unit[0],
                     )  # fmt: skip
+
+
+def _units(rows: int, columns: int, step: Step, chip: Chip) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Unit steps, and how cores of a cluster stand side by side. Where there are too few rows to keep the unit
+    busy, half a step's columns deal out more evenly."""
+    whole = min(step.rows, rows), min(step.columns, columns)
+    units = [whole]
+    while chip.clusters > 1 and rows <= step.rows and units[-1][1] % 16 == 0:
+        units.append((whole[0], units[-1][1] // 2))
+    for unit in units:
+        for side in _sides(rows, columns, unit, chip):
+            yield unit, side
 
 
 def _sides(rows: int, columns: int, unit: tuple[int, int], chip: Chip) -> list[tuple[int, int]]:
@@ -151,7 +179,7 @@ def _rate(chip: Chip, name: str, takers: int) -> float:
         if level.bandwidth
     ]
     if dma.rate:
-        rates.append(dma.rate.value * dma.engines.value / takers)
+        rates.append(dma.rate.value * dma.engines.value / max(takers, chip.level(dma.to).copies))
     return min(rates, default=math.inf)
 
 
@@ -174,9 +202,12 @@ class _Weights:
         m, n, k = operand.step.value
         self.step = operand.cycles.value / chip.matrix.clock.value / units
         least = chip.matrix.least
-        self.least = least.value / operand.cycles.value if least else 0.0
+        self.shortest = least.value / operand.cycles.value if least else 0.0
         self.unit_n = n
         self.rows, self.columns, _ = sizes.supposed()
+        self.row_bytes, self.column_bytes = (
+            sum(p.elements * p.bits / 8 for p in o.parts) for o in (sizes.x, sizes.w)
+        )
 
     def copy(self, name: str, rows: int, operand: Operand, share: float, active: int) -> float:
         dma = self.chip.spec.dma[name]
@@ -192,6 +223,16 @@ class _Weights:
                 rate = min(rate, whole * run / dma.contiguous.value)
             total += max(dma.fixed.value / engines, rows * count * part.bits / 8 / rate)
         return total
+
+    def least(self, t: Tiling) -> float:
+        """What no chunks can better: the matrix unit's work, and the bytes of the outermost memory."""
+        outer = self.sizes.lead * t.down * t.groups
+        rounds, active = -(-outer // self.takers), min(self.takers, outer)
+        columns = t.core_columns * t.columns
+        rows = min(t.row_multiple, self.rows)
+        moved = rows * self.row_bytes / t.pieces + columns * self.column_bytes + 4 * rows * columns
+        whole = self._matrix(t) * t.steps / t.chunk
+        return rounds * t.pieces * max(whole, moved / _rate(self.chip, self.chip.path[0].dma, active))
 
     def seconds(self, t: Tiling) -> float:
         """An estimate, for comparing tilings."""
@@ -252,5 +293,5 @@ class _Weights:
     def _matrix(self, t: Tiling) -> float:
         """Of a chunk."""
         step, (m, n) = t.step, t.step.mnk(t.step_rows, t.step_columns)[:2]
-        each = max(n / self.unit_n, self.least) if self.least else 1.0
+        each = max(n / self.unit_n, self.shortest) if self.shortest else 1.0
         return (t.rows // t.step_rows) * (t.columns // t.step_columns) * t.chunk * each * self.step

@@ -94,14 +94,12 @@ class _Skeleton:
         t, chip = self.t, self.chip
         accumulators = chip.matrix.accumulates
         size = t.group_rows * t.group_columns
-        m, n, _ = t.step.mnk(t.group_rows, t.group_columns)
-        reads, k = ("x operand", "w operand"), t.chunk * t.step.k
         halves = math.prod(t.turns)
         groups = (t.rows // t.group_rows) * (t.columns // t.group_columns) // halves
         nodes: list[Node] = []
         for i in range(halves):
             held = self._buffer(f"held {i}", accumulators, t.slots)
-            product = Matrix("product", self.sizes.form, m, n, k, (held, *reads), (held,))
+            product = self._product(held)
             if not t.spilled:
                 return (product,)
             sums = self._buffer(f"sums {i}", self.levels[-1], 1)
@@ -111,6 +109,17 @@ class _Skeleton:
                 first = ("and", first, ("==", "ko", 0))
             nodes += [When(("not", first), (load,)), product, store]
         return (Loop("group", groups, tuple(nodes)),)
+
+    def _product(self, held: str) -> Node:
+        """Of a group; step by step where each has to load the operand that stays."""
+        t, reads = self.t, ("x operand", "w operand")
+        m, n, k = t.step.mnk(t.group_rows, t.group_columns)
+        if not self.chip.matrix.load:
+            return Matrix("product", self.sizes.form, m, n, k * t.chunk, (held, *reads), (held,))
+        tiles = (t.group_rows // t.step_rows) * (t.group_columns // t.step_columns)
+        m, n, k = t.step.mnk(t.step_rows, t.step_columns)
+        step = Matrix("product", self.sizes.form, m, n, k, (held, *reads), (held,))
+        return Loop("step", tiles * t.chunk, (step,))
 
     def _moved(self, name: str, source: str, target: str, size: int) -> Node:
         if dma := self.chip.spilling:
