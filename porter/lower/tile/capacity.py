@@ -58,7 +58,8 @@ def overflowing(function: tirx.PrimFunc, chip: Chip, bounds: Mapping[str, int]) 
 
 def check(function: tirx.PrimFunc, name: str, chip: Chip, bounds: Mapping[str, int]) -> None:
     """Raise TargetError PORT-0435 when a kernel's buffers overflow a level, naming the largest of them;
-    PORT-0436 when results of a unit step do not fit where `limits` wants them."""
+    PORT-0436 when results of a unit step do not fit where `limits` wants them, or when the steps that a buffer
+    holds do not begin at whole blocks of the memory, which no padding of the buffer mends."""
     if level := overflowing(function, chip, bounds):
         here = [h for h in held(function, chip, bounds) if h.level == level]
         total, size = sum(h.bytes for h in here), chip.room(level)
@@ -68,13 +69,36 @@ def check(function: tirx.PrimFunc, name: str, chip: Chip, bounds: Mapping[str, i
         what += f"{top.bytes:,} ({shape}, {top.slots} slot{'s' * (top.slots > 1)})"
         hint = "convert with a shorter context or narrower weights, or port to a chip with more memory"
         raise TargetError("PORT-0435", what, where=f"{chip.spec.name}: {level}", hint=hint)
-    _check_steps(function, name, chip)
-
-
-def _check_steps(function: tirx.PrimFunc, name: str, chip: Chip) -> None:
-    limits, blocks = chip.spec.limits, []
+    blocks: list[Any] = []
     tvm_ffi.structural_walk(function.body, (s_tir.SBlock, blocks.append))
-    for block in (b for b in blocks if MATRIX in b.annotations):
+    steps = [b for b in blocks if MATRIX in b.annotations]
+    _check_steps(steps, name, chip)
+    if chip.spec.limits.block:
+        _check_blocks(steps, {h.name: h for h in held(function, chip, bounds)}, name, chip)
+
+
+def _check_blocks(steps: list[Any], buffers: Mapping[str, Held], name: str, chip: Chip) -> None:
+    for block in steps:
+        sums = {region.source for region in block.writes}
+        for region in (*block.reads, *block.writes):
+            found = buffers.get(region.source.name)
+            wide = 32 if region.source in sums else bits(str(block.annotations[MATRIX]))
+            sizes = [int(r.extent) for r in region.region][-2:]
+            if found is None or len(sizes) < 2:
+                continue
+            for size, there, multiple, kind in zip(
+                sizes, found.shape[-2:], chip.block(wide), ("rows", "columns"), strict=True
+            ):
+                if size < there and size % multiple:
+                    what = f"{name} takes {size} {kind} of {found.name} at a time, which has {there:,}"
+                    what += f": steps begin at multiples of {multiple}"
+                    hint = "a step of matrix.formats does not go with limits.block and limits.rows"
+                    raise TargetError("PORT-0436", what, f"{chip.spec.name}: {found.level}", hint)
+
+
+def _check_steps(steps: list[Any], name: str, chip: Chip) -> None:
+    limits = chip.spec.limits
+    for block in steps:
         m, n, k = (int(e) for e in block.annotations[MNK])
         sums = block.writes[0].source.name
         for size, limit, kind in (

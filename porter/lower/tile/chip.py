@@ -127,14 +127,21 @@ class Chip:
         limits = self.spec.limits
         dims = [d for d in shape if d != 1]
         if limits.block:
-            rows, columns = _numbers(limits.block)
-            width = str(max(4, min(32, bits)))
-            rows = int(limits.rows[width].value) if width in limits.rows else rows
+            rows, columns = self.block(bits)
             dims = [1, 1, *dims]
             dims[-2:] = [up(dims[-2], rows if len(shape) > 1 else 1), up(dims[-1], columns)]
         total = -(-functools.reduce(int.__mul__, dims, bits) // 8)
         unit = int(limits.alignment.value) if limits.alignment else 1
         return up(total, unit * (int(limits.partitions.value) if limits.partitions else 1))
+
+    def block(self, bits: int) -> tuple[int, int]:
+        """Rows and columns that the last two dimensions of a buffer are made of; 1 and 1 without such."""
+        limits = self.spec.limits
+        if not limits.block:
+            return 1, 1
+        rows, columns = _numbers(limits.block)
+        width = str(max(4, min(32, bits)))
+        return int(limits.rows[width].value) if width in limits.rows else rows, columns
 
     def _lacks(self, what: str) -> TargetError:
         hint = "docs/targets.md says what family tile needs"

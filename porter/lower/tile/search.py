@@ -252,6 +252,7 @@ class _Weights:
         y_first = self._out(first, rows * columns * 4, active, 1 if clustered else t.rows * t.turns[1] // t.strip)
         hbm = w_first * chunks + (0 if t.kept else x_first * chunks) + y_first
         hbm += x_first / t.pieces if t.kept else 0
+        hbm += (sizes.last - 1) * self._out(first, columns * 4, active, 1)
         decode_x = 0 if sizes.x.plain else (t.rows * t.chunk * t.step.k * len(sizes.x.parts)) / self.vector
         decode_w = 0 if sizes.w.plain else (t.columns * t.chunk * t.step.k * len(sizes.w.parts)) / self.vector
         decode = decode_x + decode_w + 2 * self.start

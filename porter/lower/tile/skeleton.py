@@ -37,13 +37,13 @@ class _Skeleton:
         x_hop, x_core = self._operand("x", self.sizes.x, all_rows, min(t.rows, all_rows), t.kept)
         w_hop, w_core = self._operand("w", self.sizes.w, all_columns, min(t.columns, all_columns), False)
         multiply = self._multiply()
-        last, out = self._last(all_rows, all_columns)
+        shared, last, out = self._last(all_rows, all_columns)
         outer: tuple[Node, ...]
         if clustered:
             inner = (Loop("ko", t.outer_chunk // t.chunk, (*x_core, *w_core, *multiply)),)
             cores = t.core_rows * t.core_columns
             chunk = (*(() if t.kept else x_hop), *w_hop, Loop("core", cores, inner, "cores"))
-            end: tuple[Node, ...] = (Loop("after", cores, last, "cores"), *out)
+            end: tuple[Node, ...] = (*shared, Loop("after", cores, last, "cores"), *out)
             outer = x_hop if t.kept else ()
         else:
             chunk = (*(() if kept_here else (*x_hop, *x_core)), *w_hop, *w_core, *multiply)
@@ -126,19 +126,22 @@ class _Skeleton:
             return Copy(name, dma, source, target, size, size, 32)
         return Vector(name, size, 1, (source,), (target,))
 
-    def _last(self, rows: int, columns: int) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-        """What a core does with its sums, and the copies of the whole cluster's results."""
+    def _last(self, rows: int, columns: int) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[Node, ...]]:
+        """The copies of scales for a cluster, what a core does with its sums, and the copies of the whole
+        cluster's results."""
         t, chip = self.t, self.chip
         scales: list[Node] = []
+        shared: list[Node] = []
         reads = []
         for i in range(self.sizes.last - 1):
             source = self._buffer(f"scale{i}", self.outer, 0)
-            hop = chip.path[-1]
-            if len(chip.path) > 1:
-                source = self._buffer(f"scale{i} shared", self.levels[0], 2)
-            target = self._buffer(f"scale{i} {hop.level}", hop.level, 2)
-            scales.append(Copy(target, hop.dma, source, target, t.columns, t.columns, 32))
-            reads.append(target)
+            for hop in chip.path:
+                target = self._buffer(f"scale{i} {hop.level}", hop.level, 2)
+                core = hop is chip.path[-1]
+                size = t.columns if core else columns
+                (scales if core else shared).append(Copy(target, hop.dma, source, target, size, size, 32))
+                source = target
+            reads.append(source)
         strips = t.rows // t.turns[0] // t.strip
         size = t.strip * t.columns // t.turns[1]
         names = [self._buffer(f"y {level}", level, 2) for level in reversed(self.levels[:-1])]
@@ -154,6 +157,6 @@ class _Skeleton:
             halves.append(Loop(f"strip {i}", strips, (vector, out)))
         onwards = zip(names[:-1], names[1:], reversed(chip.path[:-1]), strict=True)
         copies = [Copy(f"{b} out", hop.dma, a, b, rows * columns, columns, 32) for a, b, hop in onwards]
-        return (*scales, *halves), tuple(copies)
+        return tuple(shared), (*scales, *halves), tuple(copies)
 
 
