@@ -58,8 +58,8 @@ def overflowing(function: tirx.PrimFunc, chip: Chip, bounds: Mapping[str, int]) 
 
 def check(function: tirx.PrimFunc, name: str, chip: Chip, bounds: Mapping[str, int]) -> None:
     """Raise TargetError PORT-0435 when a kernel's buffers overflow a level, naming the largest of them;
-    PORT-0436 when results of a unit step do not fit where `limits` wants them, or when the steps that a buffer
-    holds do not begin at whole blocks of the memory, which no padding of the buffer mends."""
+    PORT-0436 when results of a unit step do not fit where `limits` wants them, or when the steps of a buffer
+    do not begin at whole blocks of the memory, which no padding of the buffer mends."""
     if level := overflowing(function, chip, bounds):
         here = [h for h in held(function, chip, bounds) if h.level == level]
         total, size = sum(h.bytes for h in here), chip.room(level)

@@ -79,7 +79,7 @@ class Chip:
 
     @functools.cached_property
     def spilling(self) -> str:
-        """The DMA between where the matrix unit reads and its accumulators; "": the vector unit moves sums."""
+        """The DMA from where the matrix unit reads to its accumulators; "": the vector unit moves sums."""
         ends = self.matrix.reads, self.matrix.accumulates
         return next((n for n, d in self.spec.dma.items() if (d.source, d.to) == ends), "")
 

@@ -67,8 +67,7 @@ def sizes_of(function: tirx.PrimFunc, form: str) -> Sizes:
     *lead, rows, columns, steps = extents
     plain = [str(name) for name in function.attrs.get(PLAIN, ())]
     x, w = (
-        _operand(nest, size, nest.name in plain)
-        for nest, size in zip(operands, (rows, columns), strict=True)
+        _operand(nest, size, nest.name in plain) for nest, size in zip(operands, (rows, columns), strict=True)
     )
     after = [n for n in nests if main.block.writes[0].source in [r.source for r in n.block.reads]]
     last = next((n for n in after if n is not main), None)

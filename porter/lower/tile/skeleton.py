@@ -158,5 +158,3 @@ class _Skeleton:
         onwards = zip(names[:-1], names[1:], reversed(chip.path[:-1]), strict=True)
         copies = [Copy(f"{b} out", hop.dma, a, b, rows * columns, columns, 32) for a, b, hop in onwards]
         return tuple(shared), (*scales, *halves), tuple(copies)
-
-

@@ -1,4 +1,4 @@
-"""Spilling: sums of a product that accumulators cannot hold, kept in the core's memory from chunk to chunk of k.
+"""Spilling: sums that accumulators cannot hold, kept in the core's memory from chunk to chunk of k.
 
     for group of step tiles:                    of each chunk; of two halves of the tile in turns
       sums -> accumulators                      zeros in the first chunk, which cost nothing
@@ -138,7 +138,13 @@ def _within(realize: s_tir.SBlockRealize, start: Expr, steps: tirx.For) -> s_tir
     inner = tirx.IterVar(Range(0, steps.extent), step, tirx.IterVar.CommReduce)
     at = {k.var: begin + step}
     reads = [substituted(r, at) for r in block.reads]
-    rest = (block.name_hint, substituted(block.body, at), block.init, block.alloc_buffers, block.match_buffers)
+    rest = (
+        block.name_hint,
+        substituted(block.body, at),
+        block.init,
+        block.alloc_buffers,
+        block.match_buffers,
+    )
     block = s_tir.SBlock([*axes, first, inner], reads, block.writes, *rest, block.annotations)
     values = [*list(realize.iter_values)[:-1], start, steps.loop_var]
     return s_tir.SBlockRealize(values, realize.predicate, block)

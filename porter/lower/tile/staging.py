@@ -67,8 +67,8 @@ class Staging:
         return [self.schedule.cache_write(block, 0, hop.scope) for hop in self.chip.path]
 
     def result(self, block: Any, at: Sequence[Any]) -> None:
-        """`block`, which stays where it is, writes the innermost level; the copy from hop i outwards stands in
-        the loop at[i]."""
+        """`block`, which stays where it is, writes the innermost level; the copy from hop i outwards stands
+        in the loop at[i]."""
         self.outwards(self.cached(block), at)
 
     def store(self, block: Any, at: Sequence[Any]) -> None:
