@@ -17,6 +17,7 @@ from porter.context import Context
 from porter.drift import budget as budgets
 from porter.drift.measure import tokenizer_files
 from porter.errors import DriftError
+from porter.estimate import lowered
 from porter.evidence import gather, measured, standard
 from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
@@ -68,7 +69,8 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
-            lowered = _lower(standard(model), spec, folder, ported, progress)
+            made = _lower(standard(model), spec, folder, ported, progress)
+            times = _times(folder, ported, options.target) if spec.family == "tile" else None
             found = measured(evidence, feeds, model, ported, folder, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
@@ -82,10 +84,11 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
                 kinds=_kinds(spec, executed=found.executed),
-                placement=lowered.placement,
+                placement=made.placement,
                 attention=found.heads,
+                estimate=times,
                 recomputed=found.recomputed,
-                memory=figures.of(source, model, lowered, ported, evidence.plan, watch),
+                memory=figures.of(source, model, made, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
                 calibration=calibrated.facts,
@@ -151,6 +154,12 @@ def _lower(
     from porter.lower.lower import lower
 
     return lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
+
+
+def _times(folder: Path, ported: decoder.Decoder, name: str) -> dict[str, Any]:
+    """What the scheduled program takes on its target, whose file stays with it: simulated."""
+    (folder / lowered.TARGET).write_bytes(target.text(name))
+    return lowered.Lowered.read(folder, ported).report()
 
 
 def _bounds(model: ir.Model, ported: decoder.Decoder) -> dict[str, int]:

@@ -10,28 +10,41 @@ from typing import Any
 
 from porter.errors import TargetError
 from porter.simulate.kernel import simulate
+from porter.simulate.kernels import Kernels
 from porter.simulate.program import Program
 from porter.simulate.result import KernelTime, StepTime
 from porter.target import TargetSpec
 
 Call = tuple[str, tuple[tuple[int, ...], ...], tuple[int, ...]]  # kernel, shapes of its buffers, integers
-Programs = Callable[[str, tuple[tuple[int, ...], ...], tuple[int, ...]], Program]
 
 
 def simulate_plan(
-    plan: Mapping[str, Any], dimensions: Mapping[str, int], programs: Programs, spec: TargetSpec
+    plan: Mapping[str, Any], dimensions: Mapping[str, int], kernels: Kernels, spec: TargetSpec
 ) -> StepTime:
     """The time of one step of the program of `plan` (`plan.json`, as read) with symbols at `dimensions`.
 
-    `programs` gives the scheduled program of a kernel for the shapes of its buffers and its integer
-    arguments (`porter.lower.scheduled.programs` makes one of a module); it is asked once for each that
-    differs. Launches come one after the other. Raises TargetError PORT-0445 to PORT-0449.
+    Launches come one after the other; equal ones, of one kernel with the same sizes, are simulated once.
+    Kernels without a time, and those that cannot be timed at these sizes, are `untimed`. Raises
+    TargetError PORT-0447 where a size of the plan is not known, PORT-0449 for a kernel that is not there.
     """
-    calls = Counter(_calls(plan, dimensions))
+    programs: Counter[Program] = Counter()
+    untimed: dict[str, tuple[int, str]] = {}
+
+    def leave_out(kernel: str, number: int, why: str) -> None:
+        untimed[kernel] = (untimed.get(kernel, (0, ""))[0] + number, why)
+
+    for (kernel, shapes, integers), number in Counter(_calls(plan, dimensions)).items():
+        if why := kernels.untimed.get(kernel):
+            leave_out(kernel, number, why)
+        else:
+            programs[kernels(kernel, shapes, integers)] += number
     times: list[tuple[KernelTime, int]] = []
-    for (kernel, shapes, integers), number in calls.items():
-        times.append((simulate(programs(kernel, shapes, integers), spec), number))
-    return StepTime(spec.name, dict(dimensions), tuple(times))
+    for program, number in programs.items():
+        try:
+            times.append((simulate(program, spec), number))
+        except TargetError as error:
+            leave_out(program.name, number, error.what)
+    return StepTime(tuple(times), untimed)
 
 
 def _calls(plan: Mapping[str, Any], dimensions: Mapping[str, int]) -> list[Call]:

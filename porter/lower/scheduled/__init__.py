@@ -3,6 +3,6 @@
 from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
 
 # isort: split
-from porter.lower.scheduled.reader import Programs, bound, read
+from porter.lower.scheduled.reader import kernel, kernels, read
 
-__all__ = ["Programs", "bound", "read"]
+__all__ = ["kernel", "kernels", "read"]

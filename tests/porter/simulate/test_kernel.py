@@ -14,11 +14,15 @@ from porter.simulate import (
     KIND,
     Buffer,
     Copy,
+    Kernel,
+    Kernels,
     Loop,
     Matrix,
     Program,
+    StepTime,
     Vector,
     When,
+    plan,
     simulate,
     simulate_plan,
     trace,
@@ -180,16 +184,25 @@ PLAN = {
 }
 
 
-def test_a_plan_is_the_sum_of_its_launches_each_simulated_once() -> None:
+def kernels(**untimed: str) -> Kernels:
+    """`one`, with as many tiles as its buffers have rows and its integer says, and `two`, with three times as
+    many as its buffer has rows."""
+    body = kernel().body[0].body  # type: ignore[union-attr]
+    one = Loop("i", ("+", "b", "n"), body, "cores"), Loop("j", ("%", "b", 1), body)
+    two = (Loop("i", ("*", "b", 3), body, "cores"),)
+    found = {
+        "one": Kernel("one", ("b", "p", "n"), (("b", "p"), ("b", 8, 3), "n"), BUFFERS, one),
+        "two": Kernel("two", ("b",), (("b", 8, 3),), BUFFERS, two),
+    }
+    return Kernels({name: k for name, k in found.items() if name not in untimed}, untimed)
+
+
+def test_a_plan_is_the_sum_of_its_launches_each_simulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-
-    def programs(name: str, shapes: Any, integers: Any) -> Program:
-        asked.append((name, shapes, integers))
-        return replace(kernel(5 if name == "one" else 7), name=name)
-
-    found = simulate_plan(PLAN, {"batch": 2, "past": 9}, programs, chip(2))
-    assert asked == [("one", ((2, 10), (2, 8, 3)), (9,)), ("two", ((2, 8, 3),), ())]
-    one, two = (simulate(kernel(n), chip(2)).seconds for n in (5, 7))
+    monkeypatch.setattr(plan, "simulate", lambda p, spec: asked.append(p.name) or simulate(p, spec))
+    found = simulate_plan(PLAN, {"batch": 2, "past": 9}, kernels(), chip(2))
+    assert asked == ["one", "two"]
+    one, two = (simulate(kernel(n), chip(2)).seconds for n in (2 + 9, 3 * 2))
     assert found.seconds == 2 * one + two
     told = found.to_dict()
     assert told["kind"] == KIND
@@ -197,9 +210,35 @@ def test_a_plan_is_the_sum_of_its_launches_each_simulated_once() -> None:
     assert sum(k["seconds"] * k["calls"] for k in told["kernels"]) == pytest.approx(
         told["seconds"], rel=1e-12
     )
+    assert [level.read for level in found.traffic] == [(2 * 11 + 6) * size for size in (128, 256)]
+    assert found.cycles == found.seconds * 10**9
     rows = found.rows()
     assert [row["kernel"] for row in rows] == ["one", "two", f"all ({KIND})"]
     assert all(tuple(row) == COLUMNS for row in rows)
+
+
+def test_steps_add_up_and_what_has_no_time_is_named() -> None:
+    few, more = (
+        simulate_plan(PLAN, {"batch": 2, "past": past}, kernels(two="why"), chip()) for past in (1, 9)
+    )
+    both = StepTime.of([few, more, few])
+    assert both.seconds == 2 * few.seconds + more.seconds
+    assert [(k.name, calls) for k, calls in both.calls] == [("one", 4), ("one", 2)]
+    assert both.untimed == {"two": (3, "why")}
+    assert both.to_dict()["not_simulated"] == [{"name": "two", "calls": 3, "why": "why"}]
+    seconds = few.seconds * few.utilisation["matrix"] * 2 + more.seconds * more.utilisation["matrix"]
+    assert both.utilisation["matrix"] == seconds / both.seconds
+
+
+def test_a_kernel_that_cannot_be_timed_is_left_out_by_name() -> None:
+    lacking = Kernel("two", (), ((2, 8, 3),), BUFFERS, (Matrix("product", "int3", 1, 1, 1, ("a",), ("p",)),))
+    found = Kernels(dict(kernels().found) | {"two": lacking}, {})
+    assert simulate_plan(PLAN, {"batch": 2, "past": 9}, found, chip()).untimed == {
+        "two": (1, "small does not have matrix.formats.int3")
+    }
+    with pytest.raises(TargetError) as error:
+        simulate_plan(PLAN, {"batch": 2, "past": 9}, Kernels({}, {}), chip())
+    assert error.value.code == "PORT-0449"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from porter.lower.blocks.profile import Profile
 from porter.lower.blocks.vector import rms_norm
 from porter.lower.kernels.layout import Layout
 from porter.lower.tile import schedule as tile
-from porter.simulate import Copy, Matrix, Program, Vector, simulate
+from porter.simulate import Copy, Kernels, Matrix, Program, Vector, simulate
+from porter.simulate.kernels import CONTROL
 from porter.simulate.program import Loop, Node, When
 from porter.target import TargetSpec
 from tests.support import stepped
@@ -152,14 +153,20 @@ def test_levels_and_dimensions_must_be_known() -> None:
 
 
 def test_launches_bind_the_symbols_of_their_kernels() -> None:
-    programs = scheduled.Programs(matmul((4, 4, 4)).mod, chip())
-    assert simulate(programs("main", ((M, K), (N, K), (M, N)), ()), chip()).flop == 2 * M * N * K
-    control = scheduled.Programs(matmul((4, 4, 4)).mod, chip(), ["main"])
-    assert simulate(control("main", (), ()), chip()).seconds == 0
+    found = scheduled.kernels(matmul((4, 4, 4)).mod, chip())
+    assert simulate(found("main", ((M, K), (N, K), (M, N)), ()), chip()).flop == 2 * M * N * K
+    assert scheduled.kernels(matmul((4, 4, 4)).mod, chip(), ["main"]) == Kernels({}, {"main": CONTROL})
     with pytest.raises(TargetError, match="PORT-0449"):
-        programs("other", ((M, K),), ())
+        found("other", ((M, K),), ())
     with pytest.raises(TargetError, match="PORT-0447"):
-        programs("main", ((M, K), (N, K), (M, N), (1,)), ())
+        found("main", ((M, K), (N, K), (M, N), (1,)), ())
+
+
+def test_a_kernel_that_cannot_be_read_has_no_time_and_says_why() -> None:
+    schedule = matmul((4, 4, 4))
+    schedule.unannotate(schedule.get_sblock("product_update"), "porter.matrix")
+    found = scheduled.kernels(schedule.mod, chip())
+    assert found.untimed == {"main": "a block of a scheduled program does not say which unit does it"}
 
 
 def product(spec: TargetSpec, m: int, n: int, k: int, weights: str = "bf16", **layout: int) -> tirx.PrimFunc:
