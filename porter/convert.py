@@ -42,8 +42,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     Past a budget, raises DriftError PORT-0605 with the `report` on it, and leaves no bundle (unless
     `options.keep`). Other failures are PorterErrors of the step they happen in, and leave nothing either.
     """
-    started = time.perf_counter()
-    limit = memory.parse(options.max_memory)
+    started, limit = time.perf_counter(), memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
     bundle.remove_stale(out.absolute())
@@ -70,7 +69,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
             made = _lower(standard(model), spec, folder, ported, progress)
-            times = _times(folder, ported, options.target) if spec.family == "tile" else None
+            times = _times(folder, ported, spec, options.target)
             found = measured(evidence, feeds, model, ported, folder, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
@@ -156,8 +155,10 @@ def _lower(
     return lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
 
 
-def _times(folder: Path, ported: decoder.Decoder, name: str) -> dict[str, Any]:
-    """What the scheduled program takes on its target, whose file stays with it: simulated."""
+def _times(folder: Path, ported: decoder.Decoder, spec: TargetSpec, name: str) -> dict[str, Any] | None:
+    """What a scheduled program (family tile) takes on its target, whose file stays with it: simulated."""
+    if spec.family != "tile":
+        return None
     (folder / lowered.TARGET).write_bytes(target.text(name))
     return lowered.Lowered.read(folder, ported).report()
 
