@@ -68,8 +68,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
-            made = _lower(standard(model), spec, folder, ported, progress)
-            times = _times(folder, ported, spec, options.target)
+            made, times = _lower(standard(model), options.target, folder, ported, progress)
             found = measured(evidence, feeds, model, ported, folder, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
@@ -146,21 +145,21 @@ def over_budget(report: DriftReport) -> DriftError:
 
 
 def _lower(
-    model: ir.Model, spec: TargetSpec, folder: Path, ported: decoder.Decoder, progress: Progress
-) -> Plan:
-    """Lower the model as saved, so that weights are mapped from the bundle and not computed again."""
+    model: ir.Model, name: str, folder: Path, ported: decoder.Decoder, progress: Progress
+) -> tuple[Plan, dict[str, Any] | None]:
+    """Lower the model as saved, so that weights are mapped from the bundle and not computed again.
+
+    Of family tile also what the scheduled program takes, simulated; the target's file stays with it.
+    """
     progress("lower", 0.0)
     from porter.lower.lower import lower
 
-    return lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
-
-
-def _times(folder: Path, ported: decoder.Decoder, spec: TargetSpec, name: str) -> dict[str, Any] | None:
-    """What a scheduled program (family tile) takes on its target, whose file stays with it: simulated."""
+    spec = target.load(name)
+    made = lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
     if spec.family != "tile":
-        return None
+        return made, None
     (folder / lowered.TARGET).write_bytes(target.text(name))
-    return lowered.Lowered.read(folder, ported).report()
+    return made, lowered.Lowered.read(folder, ported).report()
 
 
 def _bounds(model: ir.Model, ported: decoder.Decoder) -> dict[str, int]:
