@@ -13,7 +13,7 @@ from porter.decoder import Decoder
 from porter.errors import OptionError, PorterError, TargetError
 from porter.estimate.timing import Part, Time
 from porter.estimate.work import Work
-from porter.simulate import KIND, Kernels, KernelTime, StepTime, simulate_plan
+from porter.simulate import KIND, KernelTime, Step, StepTime
 from porter.target import TargetSpec
 
 KERNELS, TARGET = "lib/program.json", "lib/target.toml"
@@ -22,26 +22,26 @@ PROMPT, CONTEXT = 512, 4096  # what is timed unless something is asked for, or a
 
 @dataclass(frozen=True)
 class Lowered:
-    """What a bundle says of its program: `plan` (plan.json), `kernels` (lib/program.json) and the target that
-    it was scheduled for (lib/target.toml)."""
+    """What a bundle says of its program: inputs and bounds of `plan` (plan.json), `step` (lib/program.json) and
+    the target that it was scheduled for (lib/target.toml)."""
 
     decoder: Decoder
     spec: TargetSpec
     plan: Mapping[str, Any]
-    kernels: Kernels
+    step: Step
 
     @classmethod
     def read(cls, folder: Path, decoder: Decoder) -> Lowered:
         """From a bundle's folder. Raises TargetError PORT-0440 when its program cannot be read, and what
         `porter.target.load` does."""
-        kernels = Kernels.load(folder / KERNELS)
+        step = Step.load(folder / KERNELS)
         try:
             plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-            plan = {key: plan[key] for key in ("inputs", "buffers", "launches", "bounds")}
+            plan = {key: plan[key] for key in ("inputs", "bounds")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = f"the plan of the bundle cannot be read: {error}"
             raise TargetError("PORT-0440", what, str(folder), "convert the model again") from error
-        return cls(decoder, target.load(str(folder / TARGET)), plan, kernels)
+        return cls(decoder, target.load(str(folder / TARGET)), plan, step)
 
     @property
     def most(self) -> int:
@@ -59,7 +59,7 @@ class Lowered:
     def prefill(self, batch: int, prompt: int) -> StepTime:
         """`batch` rows of `prompt` tokens into empty caches, in pieces as a runner feeds them.
 
-        Raises OptionError PORT-0339 for sizes that the program does not take, and what `simulate_plan` does.
+        Raises OptionError PORT-0339 for sizes that the program does not take, and what `Step.simulate` does.
         """
         size = self._shapes[self.decoder.tokens][1]
         piece = int(self.plan["bounds"].get(str(size), prompt)) if self.decoder.caches else prompt
@@ -105,7 +105,7 @@ class Lowered:
         if self.most and past + tokens > self.most:
             what = f"a row of the bundle's model has {self.most} tokens at most, not {past + tokens}"
             raise OptionError("PORT-0339", what, hint="ask for a shorter --prompt and --context")
-        return simulate_plan(self.plan, self._dimensions(batch, tokens, past), self.kernels, self.spec)
+        return self.step.simulate(self._dimensions(batch, tokens, past), self.spec)
 
     def _dimensions(self, batch: int, tokens: int, past: int) -> dict[str, int]:
         """The program's symbols, by the meaning of the inputs that have them."""

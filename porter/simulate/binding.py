@@ -6,22 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from porter.errors import TargetError
-from porter.simulate.expression import Expression, substituted
+from porter.simulate.expression import substituted
 from porter.simulate.program import Buffer, Loop, Node, Program, When, sizes
-
-Parameter = tuple[Expression, ...] | str
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel whose sizes are expressions of the symbols `symbols` and of the loops around.
-
-    `parameters` are what it is called with: of a buffer its shape, of an integer its name.
-    """
+    """A kernel whose sizes are expressions of its symbols and of the loops around."""
 
     name: str
     symbols: tuple[str, ...]
-    parameters: tuple[Parameter, ...]
     buffers: tuple[Buffer, ...]
     body: tuple[Node, ...]
 
@@ -34,24 +28,6 @@ class Kernel:
             what = f"nothing says how large the dimension {missing!r} is"
             raise TargetError("PORT-0447", what, self.name, f"known: {', '.join(sorted(dimensions))}")
         return Program(self.name, self.buffers, _nodes(self.body, dimensions))
-
-    def called(self, shapes: Sequence[Sequence[int]], integers: Sequence[int]) -> Program:
-        """The program of a call with buffers of these shapes and these integers.
-
-        Raises TargetError PORT-0447 where they do not fit the parameters.
-        """
-        found: dict[str, int] = {}
-        given, numbers = iter(shapes), iter(integers)
-        for parameter in self.parameters:
-            if isinstance(parameter, str):
-                found[parameter] = int(next(numbers, 0))
-                continue
-            for size, value in zip(parameter, next(given, ()), strict=False):
-                if isinstance(size, str):
-                    found[size] = int(value)
-        if next(given, None) is not None or next(numbers, None) is not None:
-            raise TargetError("PORT-0447", "a launch has more arguments than its kernel", self.name)
-        return self.at(found)
 
 
 def _nodes(nodes: Sequence[Node], at: Mapping[str, int]) -> tuple[Node, ...]:

@@ -21,7 +21,7 @@ registers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -32,8 +32,7 @@ from tvm import tirx
 from porter.errors import TargetError
 from porter.lower.scheduled.expressions import Names
 from porter.lower.scheduled.operations import Access, Domain, operation
-from porter.simulate.binding import Kernel, Parameter
-from porter.simulate.kernels import CONTROL, Kernels
+from porter.simulate.binding import Kernel
 from porter.simulate.program import Buffer, Loop, Node, Program, When
 from porter.target import TargetSpec
 
@@ -59,22 +58,6 @@ def read(function: tirx.PrimFunc, dimensions: Mapping[str, int], spec: TargetSpe
     return kernel(function, spec).at(dimensions)
 
 
-def kernels(module: tvm.IRModule, spec: TargetSpec, control: Collection[str] = ()) -> Kernels:
-    """All kernels of a scheduled module.
-
-    `control` names those that are the control processor's, one number at a time: they have no time. Nor have
-    those that cannot be read, of which a conversion is not the worse; it is said why.
-    """
-    found, untimed = {}, dict.fromkeys(sorted(control), CONTROL)
-    for name, function in sorted((g.name_hint, f) for g, f in module.functions.items()):
-        if isinstance(function, tirx.PrimFunc) and name not in untimed:
-            try:
-                found[name] = kernel(function, spec, name)
-            except TargetError as error:
-                untimed[name] = error.what
-    return Kernels(found, untimed)
-
-
 @dataclass
 class _Reader:
     function: tirx.PrimFunc
@@ -86,19 +69,24 @@ class _Reader:
         self.names = Names(self.name)
         self.outermost = next(iter(self.spec.memory))
         self.buffers: dict[Any, Buffer] = {}
-        parameters = tuple(map(self.parameter, self.function.params))
+        for parameter in self.function.params:
+            self.parameter(parameter)
         body = self.statement(self.function.body)
         found = (
             replace(buffer, slots=self.slots.get(variable, 1)) if buffer.slots else buffer
             for variable, buffer in self.buffers.items()
         )
-        return Kernel(self.name, tuple(self.names.symbols), parameters, tuple(found), body)
+        return Kernel(self.name, tuple(self.names.symbols), tuple(found), body)
 
-    def parameter(self, variable: Any) -> Parameter:
+    def parameter(self, variable: Any) -> None:
+        """A buffer, or an integer. Symbols of shapes get their names first, as their callers know them."""
         if not isinstance(variable.ty, tirx.buffer.BufferType):
-            return self.names.symbol(variable)
+            self.names.symbol(variable)
+            return
         self.declare(variable)
-        return tuple(map(self.names.expression, variable.shape))
+        for size in variable.shape:
+            if isinstance(size, tirx.Var):
+                self.names.symbol(size)
 
     def declare(self, variable: Any) -> None:
         scope, name = str(variable.scope()) or "global", variable.name
