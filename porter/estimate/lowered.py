@@ -22,8 +22,8 @@ PROMPT, CONTEXT = 512, 4096  # what is timed unless something is asked for, or a
 
 @dataclass(frozen=True)
 class Lowered:
-    """What a bundle says of its program: inputs and bounds of `plan` (plan.json), `step` (lib/program.json) and
-    the target that it was scheduled for (lib/target.toml)."""
+    """What a bundle says of its program: inputs and bounds of `plan` (plan.json), `step` (lib/program.json)
+    and the target that it was scheduled for (lib/target.toml)."""
 
     decoder: Decoder
     spec: TargetSpec

@@ -68,7 +68,7 @@ def values(expression: Any, at: dict[str, Any]) -> Any:
         points = zip(*(grid.ravel().tolist() for grid in grids), strict=True)
         found = [number(expression, at | dict(zip(arrays, point, strict=True))) for point in points]
         return np.reshape(found, grids[0].shape)
-    return OPERATORS[kind](*(values(part, at) for part in parts))
+    return 1 * OPERATORS[kind](*(values(part, at) for part in parts))  # truth is 0 or 1
 
 
 @dataclass
