@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import tvm
+from decoders import FLOAT, Builder
 
 from porter import convert, decoder
 from porter.context import Context
@@ -19,6 +20,24 @@ from porter.lower.tile import schedule as tile
 from porter.options import Options, pipeline_text
 from porter.pipeline import Pipeline
 from porter.target import TargetSpec
+
+
+class Unmade(Builder):
+    """Makes decoders whose large weights have a shape and no numbers, so that they may be of any size."""
+
+    def noise(self, name: str, *shape: int, scale: float | None = None) -> ir.Value:
+        """A weight that cannot be read."""
+        if name not in self.weights:
+            sizes = ir.Shape(shape)
+            tensor = ir.LazyTensor(self._unread, dtype=FLOAT, shape=sizes, name=name)
+            self.weights[name] = ir.Value(
+                name=name, const_value=tensor, type=ir.TensorType(FLOAT), shape=sizes
+            )
+        return self.weights[name]
+
+    @staticmethod
+    def _unread() -> ir.Tensor:
+        raise AssertionError("a weight was read")
 
 
 @dataclass(frozen=True)

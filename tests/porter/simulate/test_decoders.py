@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import decoders
 import pytest
 from decoders import tiny_decoder
-from timed import Made, made
+from timed import Made, Unmade, made
 
 from porter import target
 from porter.errors import TargetError
@@ -129,3 +131,17 @@ def test_a_file_that_is_no_program_is_refused(change, tmp_path: Path) -> None:
     with pytest.raises(TargetError) as error:
         Step.load(file)
     assert error.value.code == "PORT-0440"
+
+
+@pytest.mark.long
+def test_eighty_layers_take_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama-3-70B's sizes; its weights are never made."""
+    monkeypatch.setattr(decoders, "Builder", Unmade)
+    sizes = {"hidden": 8192, "heads": 64, "kv_heads": 8, "head_size": 128, "ffn": 28672, "vocab": 128256}
+    model = tiny_decoder(layers=80, context=4096, tied=False, **sizes)
+    found = made(model, target.load("tpu-v6e"))
+    started = time.process_time()
+    step = found.lowered.decode(1, 4096)
+    assert time.process_time() - started < 10  # seen: 0.5 s
+    assert [calls for kernel, calls in step.calls if "attention" in kernel.name] == [80]
+    assert sum(calls for _, calls in step.calls) > 1500
