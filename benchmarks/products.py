@@ -104,7 +104,7 @@ def on_maia() -> None:
 
 
 def against_rooflines() -> None:
-    """Of each chip and format the share of what HBM's published bandwidth, or the unit's rate, allows."""
+    """Of each chip and format the share of what HBM's bandwidth, or the unit's rate, would allow."""
     print(f"| chip | weights | {' | '.join(f'm = {m:,}' for m in ROWS)} |\n|---|---|{'---|' * len(ROWS)}")
     for name in CHIPS:
         spec = target.load(name)
