@@ -1,4 +1,4 @@
-"""Work: the kernels of one step, what each computes and moves; the one description that all timers read."""
+"""Work: the kernels of one step, what each computes and moves; as the roofline reads it."""
 
 from __future__ import annotations
 

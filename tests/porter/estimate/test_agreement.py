@@ -24,10 +24,7 @@ from porter.target import TargetSpec
 
 CHIPS = [name for name in target.names() if target.load(name).family == "tile"]
 SIDE, LENGTH = 4096, 2048
-PRODUCT, ATTENTION = 2.0, 8.0
-# Found: products 1.03 to 1.93, attention 1.75 to 7.58. Where a chip's smallest transfers cost most, the parts
-# of porter's tiles are too small for it: 9.0 and 22.2 on maia-200.
-APART = {"maia-200": (10.0, 25.0)}
+PRODUCT, ATTENTION = 1.4, 5.1  # found: 0.85 to 1.35, and 1.92 to 5.00
 
 
 def seconds(kernel: object, sizes: dict[str, int], bounds: dict[str, int], spec: TargetSpec) -> float:
@@ -48,7 +45,7 @@ def test_products_of_few_rows_agree(name: str) -> None:
     for rows in (1, 16):
         work = product(Linear("x", SIDE, SIDE, 1, "whole"), spec, rows, Stored("bf16", "bf16", 16, 1))
         found = seconds(kernel, {"m": rows}, {"m": 512}, spec)
-        assert within(found, work, spec, APART.get(name, (PRODUCT,))[0])
+        assert within(found, work, spec, PRODUCT)
 
 
 @pytest.mark.parametrize("name", CHIPS)
@@ -59,4 +56,4 @@ def test_attention_of_a_decode_step_is_of_the_same_order(name: str) -> None:
     shape = attentions.spec(128, heads=(32, 8), offset="lengths", length=LENGTH)
     work = _attention(Attention(1, 32, 8, 128, 128), Step(1, 1, LENGTH - 1), Stored("bf16", "bf16", 32, 1))
     found = seconds(attention(shape, unit, unit), {"b": 1, "s": 1}, {"b": 8, "s": 512}, spec)
-    assert within(found, work, spec, APART.get(name, (0, ATTENTION))[1])
+    assert within(found, work, spec, ATTENTION)

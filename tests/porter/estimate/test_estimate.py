@@ -1,4 +1,4 @@
-"""porter estimate: one model on targets, as table and JSON; what fits, what it costs, other timers."""
+"""porter estimate: one model on targets, as table and JSON; what fits, what it costs."""
 
 from __future__ import annotations
 

@@ -56,6 +56,12 @@ def step(tokens):
     }
 
 
+def simulated():
+    """The times of a bundle's program."""
+    phases = {"prefill": step(tokens=512), "decode": step(tokens=1)}
+    return {"kind": "simulated", "target": "maia-200", "rows": 8, **phases}
+
+
 def report(**changes):
     total = drift()
     context = [
@@ -110,13 +116,7 @@ def report(**changes):
             "workspace": Figure(2.5e6, "bytes", "estimated"),
         },
         "seconds": {"convert": Figure(3.2, "s", "measured"), "decode step": Figure(2.1e-5, "s", "simulated")},
-        "estimate": {
-            "kind": "simulated",
-            "target": "maia-200",
-            "rows": 8,
-            "prefill": step(tokens=512),
-            "decode": step(tokens=1),
-        },
+        "estimate": simulated(),
         "budget": {"kl_mean": 0.02, "top1": 0.97},
         "repeat": "porter convert stories260k.onnx --target maia-200 --weights int4 --budget kl=0.02 -o out",
         "versions": {"porter": "0.1.0"},
