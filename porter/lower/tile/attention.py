@@ -240,7 +240,9 @@ class _Schedule:
         """The numbers of what a block reads wherever the token is."""
         node = self.schedule.get(block)
         token = node.iter_vars[TOKENS[node.name_hint]].var
-        found = [{v for r in region.region for v in tirx.analysis.undefined_vars(r.min)} for region in node.reads]
+        found = [
+            {v for r in region.region for v in tirx.analysis.undefined_vars(r.min)} for region in node.reads
+        ]
         return [i for i, used in enumerate(found) if token not in used]
 
     def _unit(self, loop: Any, columns: int) -> None:
