@@ -153,7 +153,8 @@ class _Encode:
             given = new[b, h, tirx.max(tirx.min(after - before, last), i64(0)), d]
             slot = i64(spec.scheme.sink) + after % i64(spec.scheme.ring(spec.side) or 1)
             held = window[b, h, tirx.min(slot, window.shape[2] - i64(1)), d]
-            value = choose(after < before, _wide(held), _wide(widened(given, high)))
+            # No condition: TVM would size buffers by it.
+            value = tirx.Select(after < before, _wide(held), _wide(widened(given, high)))
             store(fresh, value, b, h, i, d)
         return lambda b, h, i, d: fresh[b, h, i, d]
 
