@@ -22,7 +22,6 @@ from porter.lower.blocks.define import (
     define,
     i64,
     marked,
-    once,
     scratch,
     store,
     tirx,
@@ -71,7 +70,7 @@ def keep(spec: Stored, heads: int, suffix: str) -> tirx.PrimFunc:
     def body(cache, new, starts, b, s):
         kept = scratch("kept", [b, heads, s, spec.width], dtype)
         with block("keep_cast", [b, heads, s, spec.width]) as at:
-            store(kept, once(_copied(spec, new[tuple(at)]), lambda x: widened(x, dtype)), *at)
+            store(kept, widened(_copied(spec, new[tuple(at)]), dtype), *at)
         with block("keep", [b, heads, s, spec.width]) as (n, h, t, d):
             token, end = starts[n] + t, tirx.min(starts[n] + s, i64(spec.capacity))
             inside, slot = tirx.all(starts[n] >= i64(0), token < end), token
@@ -211,7 +210,7 @@ class _Encode:
             group = (b, h, *self._group(i, d))
             mine = self._static(h, d) if step is None else _wide(step[group])
             least = tirx.FloatImm("float32", 0.0) if low is None else _wide(low[group])
-            code = once(fresh(b, h, i, d), lambda x: code_of(side, x, mine, least))
+            code = _alone(code_of(side, fresh(b, h, i, d), mine, least))
             store(codes, _cut(code, side.bits, dtype), b, h, i, d)
         self.send_codes(codes, width, side.bits, 0)
 
@@ -286,7 +285,7 @@ class _Set:
         step = self._step(fresh)
         codes = scratch("codes", [whole.batch, whole.heads, whole.count, self.size], "uint8")
         with block("code", [whole.batch, whole.heads, whole.count, self.size]) as (b, h, i, d):
-            code = once(fresh(b, h, i, d) / _wide(step[b, h, i, 0]), self._nearest)
+            code = _alone(self._nearest(fresh(b, h, i, d) / _wide(step[b, h, i, 0])))
             store(codes, tirx.Cast("uint8", code), b, h, i, d)
         whole.send_codes(codes, self.size, self.bits, self.byte)
         whole.send_step(self._step(self._of(whole.fresh())), self.number)
@@ -316,6 +315,13 @@ def _cut(code: Expr, bits: int, dtype: str) -> Expr:
 
 def _wide(value: Expr) -> Expr:
     return value if str(value.ty.dtype) == "float32" else tirx.Cast("float32", value)
+
+
+def _alone(code: Expr) -> Expr:
+    """An int32 under a name, so that no schedule writes its making out again for each code of a byte."""
+    kept = _room(1, "int32")
+    store(kept, code, 0)
+    return kept[0]
 
 
 def _room(size: int, dtype: str) -> tirx.Buffer:
