@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from porter.kv import codebook
+from porter.lower.blocks.caches import wide
 from porter.lower.blocks.define import (
     Expr,
     Spec,
@@ -27,7 +28,7 @@ from porter.lower.blocks.define import (
     tirx,
 )
 from porter.lower.blocks.norm import root_mean_square
-from porter.lower.kernels.grouping import Grouping, code_of, widened
+from porter.lower.kernels.grouping import Grouping, code_of, kept, widened
 from porter.lower.kernels.rows import WIDE
 from porter.lower.kernels.steps import stored_step
 from porter.lower.kernels.stored import Stored
@@ -68,9 +69,9 @@ def keep(spec: Stored, heads: int, suffix: str) -> tirx.PrimFunc:
     _, shape, dtype = entry
 
     def body(cache, new, starts, b, s):
-        kept = scratch("kept", [b, heads, s, spec.width], dtype)
+        tokens = scratch("kept", [b, heads, s, spec.width], dtype)
         with block("keep_cast", [b, heads, s, spec.width]) as at:
-            store(kept, widened(_copied(spec, new[tuple(at)]), dtype), *at)
+            store(tokens, widened(_copied(spec, new[tuple(at)]), dtype), *at)
         with block("keep", [b, heads, s, spec.width]) as (n, h, t, d):
             token, end = starts[n] + t, tirx.min(starts[n] + s, i64(spec.capacity))
             inside, slot = tirx.all(starts[n] >= i64(0), token < end), token
@@ -80,7 +81,7 @@ def keep(spec: Stored, heads: int, suffix: str) -> tirx.PrimFunc:
                 inside = tirx.all(inside, tirx.any(token < sink, token >= newest))
                 slot = tirx.Select(token < sink, token, spec.slot(token))
             with T.If(inside), T.Then():
-                store(cache, kept[n, h, t, d], n, h, slot, d)
+                store(cache, tokens[n, h, t, d], n, h, slot, d)
 
     buffers: list[Spec] = [
         ("cache", ("b", *shape), dtype),
@@ -94,7 +95,7 @@ def keep(spec: Stored, heads: int, suffix: str) -> tirx.PrimFunc:
 def _copied(spec: Stored, value: Expr) -> Expr:
     """A new token's number as the exact copy holds it."""
     copy = spec.scheme.copy
-    return tirx.Cast("float32", widened(value, WIDE[copy])) if copy not in ("", "fp32") else value
+    return kept(value, WIDE[copy]) if copy else value
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class _Encode:
             slot = i64(spec.scheme.sink) + after % i64(spec.scheme.ring(spec.side) or 1)
             held = window[b, h, tirx.min(slot, window.shape[2] - i64(1)), d]
             # No condition: TVM would size buffers by it.
-            value = tirx.Select(after < before, _wide(held), _wide(widened(given, high)))
+            value = tirx.Select(after < before, wide(held), kept(given, high))
             store(fresh, value, b, h, i, d)
         return lambda b, h, i, d: fresh[b, h, i, d]
 
@@ -208,8 +209,8 @@ class _Encode:
         codes = scratch("codes", [self.batch, self.heads, self.count, width], dtype)
         with block("code", [self.batch, self.heads, self.count, width]) as (b, h, i, d):
             group = (b, h, *self._group(i, d))
-            mine = self._static(h, d) if step is None else _wide(step[group])
-            least = tirx.FloatImm("float32", 0.0) if low is None else _wide(low[group])
+            mine = self._static(h, d) if step is None else wide(step[group])
+            least = tirx.FloatImm("float32", 0.0) if low is None else wide(low[group])
             code = _alone(code_of(side, fresh(b, h, i, d), mine, least))
             store(codes, _cut(code, side.bits, dtype), b, h, i, d)
         self.send_codes(codes, width, side.bits, 0)
@@ -285,7 +286,7 @@ class _Set:
         step = self._step(fresh)
         codes = scratch("codes", [whole.batch, whole.heads, whole.count, self.size], "uint8")
         with block("code", [whole.batch, whole.heads, whole.count, self.size]) as (b, h, i, d):
-            code = _alone(self._nearest(fresh(b, h, i, d) / _wide(step[b, h, i, 0])))
+            code = _alone(self._nearest(fresh(b, h, i, d) / wide(step[b, h, i, 0])))
             store(codes, tirx.Cast("uint8", code), b, h, i, d)
         whole.send_codes(codes, self.size, self.bits, self.byte)
         whole.send_step(self._step(self._of(whole.fresh())), self.number)
@@ -311,10 +312,6 @@ class _Set:
 def _cut(code: Expr, bits: int, dtype: str) -> Expr:
     """A code in the low bits."""
     return tirx.Cast(dtype, code if bits == 8 else code & tirx.IntImm("int32", (1 << bits) - 1))
-
-
-def _wide(value: Expr) -> Expr:
-    return value if str(value.ty.dtype) == "float32" else tirx.Cast("float32", value)
 
 
 def _alone(code: Expr) -> Expr:

@@ -3,10 +3,11 @@
     y = softmax(softcap(scale * q kᵀ) + mask) v
 
 Codes of a cache become numbers as they become operands (`porter.lower.blocks.caches`), so nothing but codes
-comes out of the memory. Blocks: `q_cast`, `k_cast`, `product` (scores), `score` (scale, softcap, mask), `score_max`, `weight` (exp),
-`weight_sum`, `p_cast`, `v_cast`, `product_1` (weighted values), `y_divide`. Weights are rounded as operands
-before they are divided by their sum, which stays float32, as in FlashAttention-2 (Dao 2023). What queries,
-masks and lengths mean is said by `porter.lower.kernels.attention.Attention`.
+comes out of the memory. Blocks: `q_cast`, `k_cast`, `product` (scores), `score` (scale, softcap, mask),
+`score_max`, `weight` (exp), `weight_sum`, `p_cast`, `v_cast`, `product_1` (weighted values), `y_divide`.
+Weights are rounded as operands before they are divided by their sum, which stays float32, as in
+FlashAttention-2 (Dao 2023). What queries, masks and lengths mean is said by
+`porter.lower.kernels.attention.Attention`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from porter.lower.blocks.define import (
     f32,
     i64,
     marked,
-    once,
     scratch,
     store,
     tirx,
@@ -107,7 +107,7 @@ class _Kernel:
             keys = Reader(spec.key, self.at, "k")
             T.reads(*keys.regions((*at, tirx.min(d, i64(spec.key.width - 1)))))
             read = self._within(spec.key.width, width, d, lambda d: keys.number((*at, d)))
-            store(k, once(read, unit.w.rounded), *at, d)
+            store(k, unit.w.rounded(read, once=True), *at, d)
         raw = scratch("raw", [*rows, self.length])
         shared = i64(spec.query_heads // spec.heads)
         products(
@@ -160,7 +160,7 @@ class _Kernel:
                 end = tirx.min(end, self.at["lengths"][b])
             last = tirx.min(t, self.length - i64(1))
             read = choose(t < end, values.number((b, h, last, d)), f32(0))
-            store(v, once(read, unit.w.rounded), b, h, d, t)
+            store(v, unit.w.rounded(read, once=True), b, h, d, t)
         out = scratch("out", [*rows, spec.value.width])
         shared = i64(spec.query_heads // spec.heads)
         products(

@@ -50,9 +50,9 @@ class Reader:
         assert isinstance(source, Stored), source
         b, head, token, channel = place
         if not source.side.coded:
-            return _wide(self.at[self.name][b, head, token, channel])
+            return wide(self.at[self.name][b, head, token, channel])
         window, codes = self._buffer("_window"), self._buffer("_codes")
-        held = None if window is None else _wide(window[b, head, _slot(source, token), channel])
+        held = None if window is None else wide(window[b, head, _slot(source, token), channel])
         if codes is None:
             assert held is not None
             return held
@@ -108,7 +108,7 @@ class Reader:
         """An element of plain rows."""
         buffer, (*where, channel) = self.at[self.name], place
         if source.codec in WIDE:
-            return _wide(buffer[place])
+            return wide(buffer[place])
         codec = CODECS[source.codec]
         code = buffer[place] if codec.bits == 8 else _field(buffer, where, i64(0), channel, codec.bits)
         return codec.decode(lambda _: code, 0) * self.at[f"{self.name}_scale"][(*where, i64(0))]
@@ -141,9 +141,9 @@ class Reader:
         side, (b, head, token, channel) = source.side, place
         buffer = self.at[self.name + suffix]
         if side.along == "tokens":
-            return _wide(buffer[b, head, token // i64(side.group), channel])
+            return wide(buffer[b, head, token // i64(side.group), channel])
         group = channel // i64(side.group) if 0 < side.group < source.width else i64(0)
-        return _wide(buffer[b, head, token, group])
+        return wide(buffer[b, head, token, group])
 
     def _of_sets(self, source: Stored, place: Place) -> Expr:
         """Of a codebook: each of its sets of channels has its own bits and step."""
@@ -152,7 +152,7 @@ class Reader:
         for i, (size, bits) in enumerate(source.side.sets(source.width)):
             inside = channel - i64(first) if first else channel
             code = _field(self.at[f"{self.name}_codes"], where, i64(byte), inside, bits)
-            step = _wide(self.at[f"{self.name}_scale"][(*where, i64(i))])
+            step = wide(self.at[f"{self.name}_scale"][(*where, i64(i))])
             value = looked_up(codebook.table(bits)[0], tirx.Cast("int32", code)) * step
             found = value if found is None else choose(channel < i64(first), found, value)
             side = replace(source.side, element=f"lloyd{bits}", mixed=False)
@@ -236,5 +236,9 @@ def _field(buffer: tirx.Buffer, where: Sequence[Expr], byte: Expr, place: Expr, 
     return tirx.Cast("uint8", word)
 
 
-def _wide(value: Expr) -> Expr:
+def wide(value: Expr) -> Expr:
+    """In float32. (Of a bfloat16 by its bits: TVM takes what stands in a named value for an integer.)"""
+    if str(value.ty.dtype) == "bfloat16":
+        bits = tirx.Cast("uint32", T.reinterpret("uint16", value))
+        return T.reinterpret("float32", bits << tirx.IntImm("uint32", 16))
     return value if str(value.ty.dtype) == "float32" else tirx.Cast("float32", value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tvm.script.ir_builder import IRBuilder
@@ -35,12 +35,6 @@ def choose(condition: Expr, value: Expr, other: Expr) -> Expr:
     return tirx.if_then_else(condition, value, other)
 
 
-def once(value: Expr, use: Callable[[Expr], Expr]) -> Expr:
-    """use(value), where it may stand several times but is computed once."""
-    name = tirx.Var("number", str(value.ty.dtype))
-    return tirx.Let(name, value, use(name))
-
-
 def marked(kind: str, form: str = "") -> dict[str, str]:
     """A kernel's attributes for whoever schedules it: what it is, and the format that the matrix unit
     multiplies ("": nothing is for the matrix unit)."""
@@ -60,7 +54,6 @@ __all__ = [
     "i64",
     "loop",
     "marked",
-    "once",
     "scratch",
     "store",
     "tirx",

@@ -129,12 +129,23 @@ def rounded(value: Expr, low: int, high: int) -> Expr:
 
 
 def widened(value: Expr, dtype: str) -> Expr:
-    """To a wide float type, at most its largest number."""
+    """float32 to a wide float type, at most its largest number."""
     if dtype == "float32":
         return value
+    return tirx.Cast(dtype, kept(value, dtype) if dtype == "bfloat16" else _limited(value, dtype))
+
+
+def kept(value: Expr, dtype: str) -> Expr:
+    """What a wide float type keeps of a float32, in float32."""
+    if dtype == "float32":
+        return value
+    value = _limited(value, dtype)
+    return _to_bfloat16(value) if dtype == "bfloat16" else tirx.Cast("float32", tirx.Cast(dtype, value))
+
+
+def _limited(value: Expr, dtype: str) -> Expr:
     limit = f32(float(ml_dtypes.finfo(dtype).max))
-    value = tirx.max(tirx.min(value, limit), f32(0) - limit)
-    return tirx.Cast(dtype, _to_bfloat16(value) if dtype == "bfloat16" else value)
+    return tirx.max(tirx.min(value, limit), f32(0) - limit)
 
 
 def _to_bfloat16(value: Expr) -> Expr:

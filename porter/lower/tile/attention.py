@@ -226,8 +226,8 @@ class _Schedule:
         return any(self.schedule.get(loop).loop_var.same_as(self.schedule.get(o).loop_var) for o in others)
 
     def _operand(self, block: Any, inner: Any, places: list[Any], once: list[Any] | None = None) -> None:
-        """A block that makes operands in the loop `inner`; its inputs come in at `places`, but those at `once`
-        that are the same for all tokens: a window's, of which tokens are anywhere, and lengths."""
+        """A block that makes operands in the loop `inner`; its inputs come in at `places`, but those that all
+        tokens need alike at `once`: a window, in which tokens are anywhere, and lengths."""
         schedule, copies = self.schedule, self.staging.inputs(block)
         same = [] if once is None else self._same_for_all(block)
         schedule.set_scope(block, 0, self.chip.path[-1].scope)
