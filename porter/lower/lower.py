@@ -11,7 +11,7 @@ import onnx_ir as ir
 from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
 
 # isort: split
-from porter.lower import build, plan, weights
+from porter.lower import build, indexed, plan, weights
 from porter.lower.blocks.placement import placements
 from porter.lower.blocks.profile import Profile
 from porter.lower.blocks.templates import Chip
@@ -90,4 +90,5 @@ def templates(target: TargetSpec) -> Host | Chip:
 def _interface(value: ir.Value) -> dict[str, object]:
     dims = enumerate(value.shape or [])
     shape = [d if isinstance(d, int) else str(d.value or f"{value.name}_{i}") for i, d in dims]
-    return {"name": value.name, "shape": shape, "dtype": DTYPES[value.dtype]}
+    found = {"name": value.name, "shape": shape, "dtype": DTYPES[value.dtype]}
+    return found | ({"rows": count} if (count := indexed.rows(value)) else {})

@@ -222,6 +222,12 @@ class Rebuilt:
         return tirx.BufferLoad(self.by.get(old, old), indices)
 
     def _Call(self, node: Any) -> Any:
+        bits = node.args[0] if node.op.name == "tirx.reinterpret" else None
+        if isinstance(bits, tirx.FloatImm) and str(bits.ty.dtype) == "float32":
+            # CUDA's text takes the address of what is reinterpreted, and a number has none.
+            return tirx.Cast(
+                str(node.ty.dtype), tirx.IntImm("uint32", int(np.float32(bits.value).view(np.uint32)))
+            )
         return Call(node.op, self.values(node.args), node.attrs, ret_ty=node.ty)
 
 
