@@ -16,7 +16,7 @@ from porter.lower.kernels.define import Dim, tirx
 from porter.lower.kernels.layout import Layout
 from porter.lower.kernels.naming import format_name, format_of
 from porter.lower.kernels.products import Activation
-from porter.lower.kernels.stored import Readable, Source, Stored
+from porter.lower.kernels.stored import Cache, Readable, Source, Stored
 
 _WHOLE = Operand("int32")
 _INTEGERS = Unit(_WHOLE, _WHOLE, VECTOR_STEP, "int32")  # sums that a model asks for as integers: exact
@@ -25,7 +25,7 @@ _INTEGERS = Unit(_WHOLE, _WHOLE, VECTOR_STEP, "int32")  # sums that a model asks
 class Chip:
     """Implements `porter.lower.importer.templates.Templates` for a target that is no host."""
 
-    keeps_codes, certifies = True, False
+    keeps_codes, rare_caches = True, False
     gather = staticmethod(vector.rows)
     matrices = staticmethod(vector.matrices)
     rms_norm = staticmethod(vector.rms_norm)
@@ -64,7 +64,9 @@ class Chip:
         return attention.attention(spec, keys, values)
 
     def _of_cache(self, side: Source) -> Unit:
-        """What multiplies a side. Codes become float32."""
+        """What multiplies a side. Codes become float32. Raises TargetError PORT-0432."""
+        if not isinstance(side, Cache):
+            self._checked(side)
         form = format_of(side.label)
         return self.profile.unit(form if form in MANTISSA else "fp32")
 

@@ -26,6 +26,9 @@ from porter.lower.kernels.tagged import Tagged, assign_slots
 
 def _assign(imp: Importer, node: ir.Node, slots: Value, tags: Value, lengths: Value, more: Value) -> Value:
     """Writes into the caller's slots where they are the graph's own input, else into a copy."""
+    if not imp.templates.rare_caches:
+        what = "a cache with tags has a lowering for family host alone"
+        raise TargetError("PORT-0432", what, where=imp.current, hint="choose another scheme with --kv")
     held, lent = imp.tensor(slots), imp.lent(node)
     try:
         scheme = parse(attribute(node, "scheme", ""))

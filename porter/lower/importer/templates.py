@@ -52,8 +52,8 @@ class Templates(Protocol):
 
     keeps_codes: bool
     """Whether products read an x of 8-bit floats as it is; else it is widened before."""
-    certifies: bool
-    """Whether attention over a cache with an exact copy has kernels."""
+    rare_caches: bool
+    """Whether caches with tags, a residual or an exact copy have kernels."""
 
     def layout(self, layout: Layout) -> Layout:
         """How a matrix lies in memory."""
@@ -97,8 +97,8 @@ class Templates(Protocol):
         """Append to a cache in place."""
 
     def appends(self, spec: Stored, heads: int) -> list[Append]:
-        """Append to one side of a stored cache, in order. Raises TargetError PORT-0432 for one that the target
-        has no kernels for."""
+        """Append to one side of a stored cache, in order. Raises TargetError PORT-0432 for one that there are
+        no kernels for."""
 
     def read(self, spec: Readable, heads: int) -> tirx.PrimFunc:
         """All tokens of one side of a stored cache, for whoever is no attention."""
@@ -110,7 +110,7 @@ class Templates(Protocol):
 class Host:
     """The kernels of family host (`porter.lower.kernels`). Implements Templates."""
 
-    keeps_codes, certifies = False, True
+    keeps_codes, rare_caches = False, True
     matmul = staticmethod(kernels.matmul.matmul)
     products = staticmethod(kernels.products.products)
     stacked = staticmethod(kernels.matmul.stacked)
