@@ -17,6 +17,7 @@ from porter.context import Context
 from porter.drift import budget as budgets
 from porter.drift.measure import tokenizer_files
 from porter.errors import DriftError
+from porter.estimate import lowered
 from porter.evidence import gather, measured, standard
 from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
@@ -41,8 +42,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     Past a budget, raises DriftError PORT-0605 with the `report` on it, and leaves no bundle (unless
     `options.keep`). Other failures are PorterErrors of the step they happen in, and leave nothing either.
     """
-    started = time.perf_counter()
-    limit = memory.parse(options.max_memory)
+    started, limit = time.perf_counter(), memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
     bundle.remove_stale(out.absolute())
@@ -68,7 +68,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
-            lowered = _lower(standard(model), spec, folder, ported, progress)
+            made, times = _lower(standard(model), options.target, folder, ported, progress)
             found = measured(evidence, feeds, model, ported, folder, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
@@ -82,10 +82,11 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
                 kinds=_kinds(spec, executed=found.executed),
-                placement=lowered.placement,
+                placement=made.placement,
                 attention=found.heads,
+                estimate=times,
                 recomputed=found.recomputed,
-                memory=figures.of(source, model, lowered, ported, evidence.plan, watch),
+                memory=figures.of(source, model, made, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
                 calibration=calibrated.facts,
@@ -144,13 +145,21 @@ def over_budget(report: DriftReport) -> DriftError:
 
 
 def _lower(
-    model: ir.Model, spec: TargetSpec, folder: Path, ported: decoder.Decoder, progress: Progress
-) -> Plan:
-    """Lower the model as saved, so that weights are mapped from the bundle and not computed again."""
+    model: ir.Model, name: str, folder: Path, ported: decoder.Decoder, progress: Progress
+) -> tuple[Plan, dict[str, Any] | None]:
+    """Lower the model as saved, so that weights are mapped from the bundle and not computed again.
+
+    Of family tile also what the scheduled program takes, simulated; the target's file stays with it.
+    """
     progress("lower", 0.0)
     from porter.lower.lower import lower
 
-    return lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
+    spec = target.load(name)
+    made = lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
+    if spec.family != "tile":
+        return made, None
+    (folder / lowered.TARGET).write_bytes(target.text(name))
+    return made, lowered.Lowered.read(folder, ported).report()
 
 
 def _bounds(model: ir.Model, ported: decoder.Decoder) -> dict[str, int]:

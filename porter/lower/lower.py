@@ -17,6 +17,7 @@ from porter.lower.blocks.profile import Profile
 from porter.lower.blocks.templates import Chip
 from porter.lower.importer.program import DTYPES, Importer
 from porter.lower.importer.templates import Host
+from porter.lower.scheduled import step
 from porter.lower.simt import emit, limits
 from porter.lower.simt.program import Program, program
 from porter.lower.tile import schedule as tile
@@ -24,6 +25,7 @@ from porter.target import TargetSpec
 
 LIBRARIES, WEIGHTS, PLAN = "lib", "lib/weights.bin", "plan.json"
 PROGRAM = "lib/program.txt"  # the kernels as they are scheduled, family tile
+KERNELS = "lib/program.json"  # and as the simulator reads them
 
 
 def lower(
@@ -68,6 +70,7 @@ def lower(
         scheduled = tile.program(module, target, imported.bounds)
         module = scheduled.module
         (folder / PROGRAM).write_text(scheduled.text(), encoding="utf-8")
+        step(module, target, scheduled.control).write(folder / KERNELS)
     library = build.write_library(build.compiled(module, target_tvm), folder / LIBRARIES)
     made.library = f"{LIBRARIES}/{library}"
     progress(0.6)

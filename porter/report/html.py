@@ -6,7 +6,7 @@ from importlib import resources
 
 import jinja2
 
-from porter.report import words
+from porter.report import times, words
 from porter.report.chart import chart
 from porter.report.report import DriftReport
 
@@ -35,6 +35,8 @@ def to_html(report: DriftReport) -> str:
             lengths=words.by_length(report),
             heat=words.heat(report),
             worst=words.worst(report),
+            times=list(times.rows(report.estimate or {})),
+            untold=times.notes(report.estimate or {}),
             nodes=sorted(report.nodes, key=_worst)[:20],
         )
     )

@@ -26,6 +26,36 @@ def drift(kl=0.0123, **other):
     return Drift(**(values | other))
 
 
+def step(tokens):
+    """A step of two kernels, as `porter.estimate.lowered.Lowered.told` has it."""
+    levels = [{"level": "hbm", "read_bytes": 900, "written_bytes": 20}]
+    unit = {"unit": "matrix", "operations": 2, "busy_s": 1e-6, "utilisation": 0.1}
+    kernel = {
+        "kind": "simulated",
+        "seconds": 1e-5,
+        "cycles": 1e4,
+        "cores": 4,
+        "bound_by": "latency",
+        "flop": 9,
+    }
+    kernels = [kernel | {"name": n, "units": [unit], "levels": levels, "calls": 1} for n in ("norm", "gemm")]
+    return {
+        "batch": 1,
+        "tokens": tokens,
+        "context": 512,
+        "tokens_per_s": 47000.0 * tokens,
+        "kind": "simulated",
+        "seconds": 2.127e-5,
+        "cycles": 2e4,
+        "calls": 2,
+        "bound_by": "bandwidth of hbm",
+        "utilisation": {"dma cluster": 0.61, "dma tile": 0.3, "matrix": 0.071, "vector": 0.02},
+        "levels": levels,
+        "kernels": kernels,
+        "not_simulated": [{"name": "counting", "calls": 1, "why": "the control processor's"}],
+    }
+
+
 def report(**changes):
     total = drift()
     context = [
@@ -80,7 +110,13 @@ def report(**changes):
             "workspace": Figure(2.5e6, "bytes", "estimated"),
         },
         "seconds": {"convert": Figure(3.2, "s", "measured"), "decode step": Figure(2.1e-5, "s", "simulated")},
-        "estimate": {"kind": "estimated", "tokens_per_s": 47000.0, "bound_by": "memory"},
+        "estimate": {
+            "kind": "simulated",
+            "target": "maia-200",
+            "rows": 8,
+            "prefill": step(tokens=512),
+            "decode": step(tokens=1),
+        },
         "budget": {"kl_mean": 0.02, "top1": 0.97},
         "repeat": "porter convert stories260k.onnx --target maia-200 --weights int4 --budget kl=0.02 -o out",
         "versions": {"porter": "0.1.0"},
