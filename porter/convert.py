@@ -6,6 +6,8 @@ import importlib.metadata
 import platform
 import shutil
 import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,10 @@ from porter import __version__, bundle, decoder, graph, memory, target
 from porter.calibrate.feeds import calibration
 from porter.context import Context
 from porter.drift import budget as budgets
+from porter.drift.attribution import Trail
 from porter.drift.measure import tokenizer_files
 from porter.errors import DriftError
-from porter.evidence import gather, measured, standard
+from porter.evidence import Port, gather, measured, standard
 from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
@@ -62,14 +65,16 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             if reference.whole:
                 reference.close()
             progress("passes", 0.0)
-            steps = run_passes(pipeline, model, Context(spec, calibrated.feeds, options.seed), progress)
+            trail = Trail(pipeline, folder / ".trail", evidence.unattributed)
+            steps = run_passes(pipeline, model, Context(spec, calibrated.feeds, options.seed), progress, trail)
             ported = decoder.recognise(model)
             kept = _kept(model, pipeline)
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
             lowered = _lower(standard(model), spec, folder, ported, progress)
-            found = measured(evidence, feeds, model, ported, folder, progress)
+            port = Port(model, ported, folder, trail, steps, _exactly(model, spec, ported))
+            found = measured(evidence, source, feeds, port, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)
@@ -84,6 +89,9 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 kinds=_kinds(spec, executed=found.executed),
                 placement=lowered.placement,
                 attention=found.heads,
+                attribution=found.attribution,
+                plain=found.plain,
+                near_misses=trail.near_misses,
                 recomputed=found.recomputed,
                 memory=figures.of(source, model, lowered, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
@@ -122,16 +130,20 @@ def _kept(model: ir.Model, pipeline: Pipeline) -> list[select.Kept]:
     return select.kept(model.graph) if any(isinstance(p, WeightPass) for p in pipeline.passes) else []
 
 
-def run_passes(pipeline: Pipeline, model: ir.Model, context: Context, progress: Progress) -> list[Step]:
-    """Run the pipeline, telling how far it is."""
-    done = 0
+def run_passes(
+    pipeline: Pipeline, model: ir.Model, context: Context, progress: Progress, trail: Trail
+) -> list[Step]:
+    """Run the pipeline, telling how far it is, and leave a `trail`."""
+    places = count()
 
     def watch(step: object, model: ir.Model) -> None:
-        nonlocal done
+        done = next(places)
         progress("passes", done / len(pipeline.passes))
-        done += 1
+        trail.reached(done, model)
 
-    return pipeline.run(model, context, watch)
+    steps = pipeline.run(model, context, watch)
+    trail.reached(len(pipeline.passes), model)
+    return steps
 
 
 def over_budget(report: DriftReport) -> DriftError:
@@ -151,6 +163,16 @@ def _lower(
     from porter.lower.lower import lower
 
     return lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
+
+
+def _exactly(
+    model: ir.Model, spec: TargetSpec, ported: decoder.Decoder
+) -> Callable[[Path], object] | None:
+    """What lowers the model for a host that computes in float32; None where the target is one."""
+    host = target.load("host")
+    if spec.family == host.family:
+        return None
+    return lambda folder: _lower(standard(model), host, folder, ported, lambda stage, fraction: None)
 
 
 def _bounds(model: ir.Model, ported: decoder.Decoder) -> dict[str, int]:
