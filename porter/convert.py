@@ -66,7 +66,9 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 reference.close()
             progress("passes", 0.0)
             trail = Trail(pipeline, folder / ".trail", evidence.unattributed)
-            steps = run_passes(pipeline, model, Context(spec, calibrated.feeds, options.seed), progress, trail)
+            steps = run_passes(
+                pipeline, model, Context(spec, calibrated.feeds, options.seed), progress, trail
+            )
             ported = decoder.recognise(model)
             kept = _kept(model, pipeline)
             progress("save", 0.0)
@@ -165,9 +167,7 @@ def _lower(
     return lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
 
 
-def _exactly(
-    model: ir.Model, spec: TargetSpec, ported: decoder.Decoder
-) -> Callable[[Path], object] | None:
+def _exactly(model: ir.Model, spec: TargetSpec, ported: decoder.Decoder) -> Callable[[Path], object] | None:
     """What lowers the model for a host that computes in float32; None where the target is one."""
     host = target.load("host")
     if spec.family == host.family:

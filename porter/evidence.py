@@ -5,17 +5,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from porter import bundle, decoder, graph, needs
+from porter import bundle, decoder, exported, graph, needs
 from porter.context import Context
-from porter.drift import attention, attribution
+from porter.drift import attention
 from porter.drift import measure as measuring
-from porter.drift.attribution import EXACT, PASSES, TOTAL, Attribution, Chain, Trail
+from porter.drift.attribution import EXACT, EXPORT, PASSES, TOTAL, Attribution, Chain, Part, Trail
 from porter.drift.feeds import TokenFeeds
 from porter.drift.measure import Runnable, feeds_for, measure
 from porter.drift.plain import round_to_bfloat16
@@ -50,7 +50,6 @@ class Evidence:
         """The user's feeds, or what `options.data` asks for: the model's own texts or random tokens."""
         return self.feeds or feeds_for(self.reference, options.data, options.seed, full=bool(self.single))
 
-
     @property
     def unattributed(self) -> str:
         """Why prefixes of the pipeline are not measured; "" where they are."""
@@ -84,7 +83,7 @@ class Measured:
     heads: list[attention.Head]
     recomputed: Mapping[str, Tally]
     executed: bool = False
-    attribution: Attribution = Attribution()
+    attribution: Attribution = field(default_factory=Attribution)
     plain: Drift | None = None
 
 
@@ -128,12 +127,14 @@ def measured(evidence: Evidence, source: Path, feeds: TokenFeeds, port: Port, pr
         drift = measure(kept, candidates, feeds, told, folder, evidence.single, chain.pairs)
     port.trail.close()
     executed = executes(ports[TOTAL].runner)
+    export = exported.read(source, graph.digest(source))
+    exports = [Part(EXPORT, (), export, export)] if export else []
     found = Measured(
         {name: drift[name] for name in (TOTAL, PASSES, "lowering")},
         [],
         {name: p.tally for name, p in ports.items() if p.tally.steps},
         executed,
-        Attribution(chain.parts(drift, port.steps, executed=executed), port.trail.skipped),
+        Attribution([*exports, *chain.parts(drift, port.steps, executed=executed)], port.trail.skipped),
         drift[PLAIN].total if PLAIN in drift else None,
     )
     if not evidence.single or reference.streamed:
@@ -147,9 +148,7 @@ def measured(evidence: Evidence, source: Path, feeds: TokenFeeds, port: Port, pr
     return replace(found, heads=heads)
 
 
-def _traced(
-    evidence: Evidence, source: Path, port: Port, path: Path
-) -> tuple[Chain, dict[str, Runnable]]:
+def _traced(evidence: Evidence, source: Path, port: Port, path: Path) -> tuple[Chain, dict[str, Runnable]]:
     """The chain of models from the reference to the port, and those of them that are measured for its sake
     alone, with the reference run in bfloat16."""
     trail, words = port.trail, evidence.reference.words
@@ -185,9 +184,7 @@ def _ports(evidence: Evidence, port: Port, path: Path) -> dict[str, Runnable]:
     }
     common = port.decoder, port.model, reference.words
     return {
-        PASSES: Runnable.over(
-            PASSES, lambda: ReferenceRunner(path, briefly=reference.whole), *common, **way
-        ),
+        PASSES: Runnable.over(PASSES, lambda: ReferenceRunner(path, briefly=reference.whole), *common, **way),
         TOTAL: Runnable.over(TOTAL, lambda: _opened(folder), *common),
     }
 

@@ -59,7 +59,7 @@ class Misses:
 
 
 def near_misses(passes: Sequence[Pass], model: ir.Model) -> list[Misses]:
-    """Where the rewriting passes among these nearly apply to what they left of `model`; one entry a reason."""
+    """Where the rewriting passes among these nearly apply to what they left of `model`, by reason."""
     found: dict[tuple[str, str], list[rewrite.NearMiss]] = {}
     for step in passes:
         for miss in rewrite.explain(step, model) if isinstance(step, rewrite.Rewrite) else []:

@@ -20,6 +20,7 @@ Every model is run once: what the one before it answered is compared with as the
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +31,8 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from porter import graph
-from porter.explain import Misses, near_misses
 from porter.drift.measures import Drift
+from porter.explain import Misses, near_misses
 from porter.pipeline import Pass, Pipeline, Promise, Step
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ class Chain:
     def pairs(self) -> dict[str, tuple[str, str]]:
         """The comparisons of neighbours that `after` does not have: by the later's name."""
         names = list(self.steps)
-        return {_own(b): (a, b) for a, b in zip(names, names[1:], strict=False)}
+        return {_own(b): (a, b) for a, b in itertools.pairwise(names)}
 
     def parts(self, found: Mapping[str, Comparison], steps: Sequence[Step], *, executed: bool) -> list[Part]:
         """The parts; `found` has every model against the reference, and the pairs."""

@@ -17,7 +17,8 @@ from porter import match
 
 # Operators that move numbers about: what comes out was rounded when it was made.
 MOVES = match.words("""Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity Pad Reshape
-    ScatterElements ScatterND Slice SpaceToDepth Split Squeeze TensorScatter Tile Transpose Unsqueeze Where""")
+    ScatterElements ScatterND Slice SpaceToDepth Split Squeeze TensorScatter Tile Transpose Unsqueeze
+    Where""")
 LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 
 

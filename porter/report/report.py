@@ -88,7 +88,7 @@ class DriftReport:
     kept: Sequence[Kept] = ()
     context: Sequence[Mapping[str, object]] = ()
     attention: Sequence[Head] = ()
-    attribution: Attribution = Attribution()
+    attribution: Attribution = field(default_factory=Attribution)
     plain: Drift | None = None
     near_misses: Sequence[Misses] = ()
     recomputed: Mapping[str, Tally] = field(default_factory=dict)

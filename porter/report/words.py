@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from porter.drift.attribution import EXPORT, Attribution
 from porter.drift.measures import Drift
 from porter.report.report import DriftReport
 
 if TYPE_CHECKING:
     from porter.drift.attention import Head
+    from porter.report.baseline import Against
     from porter.run.tally import Tally
     from porter.weights.select import Kept
 
@@ -107,6 +109,54 @@ def verdict(report: DriftReport) -> str:
     if not report.budget:
         return "No budget was given; the outputs are numbers, and no more was asked"
     return "Within budget: " + ", ".join(f"{m} {value(getattr(report.total, m))}" for m in report.budget)
+
+
+@dataclass(frozen=True)
+class Attributed:
+    """A row on one step of the port, as text: what it changed by itself, with its interval, its interaction
+    with the steps before, and what there is after it."""
+
+    name: str
+    passes: tuple[str, ...]
+    own: str
+    width: str
+    interaction: str
+    after: str
+    kind: str
+    last: bool = False
+
+
+def attributed(found: Attribution) -> list[Attributed]:
+    """A row for each part, and one for the whole."""
+    rows = []
+    for part in found.parts:
+        outside = part.name == EXPORT
+        width = part.own.kl_ci95 if found.measure == "kl_mean" else None
+        figures = (found.amount(part.own), width, None if outside else found.interaction(part))
+        after = found.amount(part.after)
+        rows.append(Attributed(part.name, tuple(part.passes), *map(value, (*figures, after)), part.kind))
+    if not found.chain:
+        return rows
+    own = math.fsum(found.amount(p.own) for p in found.chain)
+    sums = (own, None, found.interactions, found.total)
+    kind = "simulated" if any(p.kind == "simulated" for p in found.chain) else "measured"
+    return [*rows, Attributed("total", (), *map(value, sums), kind, last=True)]
+
+
+def ratio(report: DriftReport) -> str:
+    """How the total compares with ordinary rounding: "240 times the KL of a plain bf16 run, ..."."""
+    words = {"kl_mean": "the KL", "rms_error": "the rms error", "max_abs": "the largest error"}
+    each = [f"{value(x)} × {words[name]}" for name, x in report.ratio.items()]
+    return f"{', '.join(each)} of a plain bf16 run ({report.kind('total')} / simulated)" if each else ""
+
+
+def beside(found: Against) -> list[str]:
+    """What a report beside its baseline comes to."""
+    lines = [] if found.same_feeds else ["They were measured on different feeds, which moves every figure."]
+    count = len(found.worse)
+    if count:
+        return [*lines, f"Worse than {clean(found.baseline)}: {count} of {len(found.rows)} measures"]
+    return [*lines, f"No worse than {clean(found.baseline)}"]
 
 
 def kept(report: DriftReport) -> str:
