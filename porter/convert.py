@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import shutil
 import time
@@ -93,6 +94,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 attention=found.heads,
                 attribution=found.attribution,
                 plain=found.plain,
+                depth=found.depth,
                 near_misses=trail.near_misses,
                 recomputed=found.recomputed,
                 memory=figures.of(source, model, lowered, ported, evidence.plan, watch),
@@ -194,7 +196,8 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 def _write_reports(report: DriftReport, folder: Path) -> None:
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-    (folder / "report.html").write_text(html.to_html(report), encoding="utf-8")
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    (folder / "report.html").write_text(html.to_html(report, plan), encoding="utf-8")
     (folder / "report.junit.xml").write_text(junit.to_xml(report), encoding="utf-8")
 
 

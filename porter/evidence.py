@@ -16,6 +16,7 @@ from porter.context import Context
 from porter.drift import attention
 from porter.drift import measure as measuring
 from porter.drift.attribution import EXACT, EXPORT, PASSES, TOTAL, Attribution, Chain, Part, Trail
+from porter.drift.depth import depth
 from porter.drift.feeds import TokenFeeds
 from porter.drift.measure import Runnable, feeds_for, measure
 from porter.drift.plain import round_to_bfloat16
@@ -28,6 +29,7 @@ from porter.run.tally import Tally
 
 if TYPE_CHECKING:
     from porter.drift.compare import Comparison
+    from porter.drift.depth import Level
     from porter.drift.measures import Drift
     from porter.run.protocol import Runner
     from porter.tokenizer import Tokenizer
@@ -85,6 +87,7 @@ class Measured:
     executed: bool = False
     attribution: Attribution = field(default_factory=Attribution)
     plain: Drift | None = None
+    depth: Sequence[Level] = ()
 
 
 def gather(source: Path, model: ir.Model, options: Options, limit: int, single: int) -> Evidence:
@@ -125,6 +128,7 @@ def measured(evidence: Evidence, source: Path, feeds: TokenFeeds, port: Port, pr
         kept = _in_folder(reference, folder)
         told = lambda f: progress("measure", f)  # noqa: E731
         drift = measure(kept, candidates, feeds, told, folder, evidence.single, chain.pairs)
+        levels = [] if port.trail.skipped else depth(source, path, feeds.sequences[: measuring.TEXTS])
     port.trail.close()
     executed = executes(ports[TOTAL].runner)
     export = exported.read(source, graph.digest(source))
@@ -136,6 +140,7 @@ def measured(evidence: Evidence, source: Path, feeds: TokenFeeds, port: Port, pr
         executed,
         Attribution([*exports, *chain.parts(drift, port.steps, executed=executed)], port.trail.skipped),
         drift[PLAIN].total if PLAIN in drift else None,
+        levels,
     )
     if not evidence.single or reference.streamed:
         return found

@@ -19,6 +19,7 @@ from porter.drift.measures import Drift, number
 if TYPE_CHECKING:
     from porter.drift.attention import Head
     from porter.drift.compare import Comparison
+    from porter.drift.depth import Level
     from porter.explain import Misses
     from porter.run.tally import Tally
     from porter.target.placed import Placed
@@ -69,7 +70,7 @@ class DriftReport:
     does to each head, at several context lengths (`porter.drift.attention`); empty where none is quantized.
     `attribution` says which step brought how much of it. `plain` is the error of the model as it was, run in
     bfloat16 (`porter.drift.plain`), which `ratio` is against. `near_misses` are places where a rewrite nearly
-    applied.
+    applied; `depth` is the error in the model after its passes, layer by layer (`porter.drift.depth`).
     `recomputed` says of `passes` and `total` how often attention was computed from the exact copy of a
     certified cache; empty where there is none.
     `budget` is what was allowed of `total` and `violations` what was not kept. `kept` says which weights stay
@@ -91,6 +92,7 @@ class DriftReport:
     attribution: Attribution = field(default_factory=Attribution)
     plain: Drift | None = None
     near_misses: Sequence[Misses] = ()
+    depth: Sequence[Level] = ()
     recomputed: Mapping[str, Tally] = field(default_factory=dict)
     nodes: Sequence[Mapping[str, object]] = ()
     placement: Sequence[Placed] = ()

@@ -34,6 +34,7 @@ ROWS = {
     "passes": "what the passes did to the graph",
     "lowering": "what compiling for the target did after them",
     "export": "what the exporter did before them",
+    "bf16": "the model as it was, run in bfloat16",
     "prefill": "positions computed many at a time",
     "decode": "positions computed one token at a time, through the cache",
 }
