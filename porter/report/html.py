@@ -67,7 +67,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {"clean": words.clean, "amount": lambda f: words.amount(f.value, f.unit)}
     environment.globals |= {"measured": words.measured, "value": _value, "amount": words.amount}
-    environment.globals["title"] = words.title
+    environment.globals |= {"title": words.title, "around": words.around}
     return environment
 
 

@@ -65,7 +65,7 @@ def picture(plan: Mapping[str, Any]) -> Picture | None:
     steps = [v for v in Axis.to(launches, 0, 1).values if v <= launches]
     bound, total = plan["lower_bound_bytes"], plan["workspace_bytes"]
     words = (
-        f"{len(found)} buffers in {amount(total, 'bytes')}; at least {amount(bound, 'bytes')} live at once"
+        f"{len(found)} buffers in {amount(total, 'bytes')}, of which {amount(bound, 'bytes')} live at once"
     )
     return Picture(
         tuple(blocks),

@@ -75,10 +75,8 @@ def _timeline(name: str, step: Mapping[str, Any]) -> Timeline:
         segments.append(Segment(left, round(right - left, 1), shades[kernel["bound_by"]], said))
         at += seconds
     kind = clean(step.get("kind", "simulated"))
-    tokens = step.get("tokens")
-    title = (
-        f"{name} of {tokens} tokens" if name == "prefill" else f"decode step at {step.get('context')} tokens"
-    )
+    size = f"of {step.get('tokens')}" if name == "prefill" else f"step at {step.get('context')}"
+    title = f"{name} {size} tokens"
     return Timeline(
         title,
         amount(total, "s"),

@@ -14,13 +14,11 @@ WIDTH = 1000  # of a bar's own picture, which is stretched to its cell
 
 @dataclass(frozen=True)
 class Bar:
-    """A row, and its bar: where the step's own part lies, and where its interaction leads to from there
-    (pixels, left and width); `back` where that is less."""
+    """A row, and the pieces of its bar (kind, left and width in pixels): `part` is what stays of the step's
+    own part, `undone` what does not, `met` what comes on top, `less` what there is less than before it."""
 
     row: Attributed
-    own: tuple[float, float]
-    other: tuple[float, float]
-    back: bool
+    pieces: tuple[tuple[str, float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,16 @@ def waterfall(found: Attribution) -> Waterfall | None:
         return None
     before = [0.0, *levels[:-1]]
     x = Axis.to(max(*levels, *(b + o for b, o in zip(before, own, strict=True))), 0, WIDTH)
-    bars = [Bar(r, (0, 0), (0, 0), False) for r in rows[: len(rows) - 1 - len(chain)]]  # of the export
-    for row, start, amount, end in zip(rows[-1 - len(chain) :], before, own, levels, strict=False):
-        bars.append(
-            Bar(row, _span(x, start, start + amount), _span(x, start + amount, end), end < start + amount)
-        )
-    bars.append(Bar(rows[-1], _span(x, 0, levels[-1]), (0, 0), False))
+    bars = [Bar(row, ()) for row in rows[: len(rows) - 1 - len(chain)]]  # of the export
+    for row, start, amount, end in zip(rows[-1 - len(chain) : -1], before, own, levels, strict=True):
+        reached = start + amount
+        stays = max(start, min(reached, end))
+        pieces = {"part": (start, stays), "undone": (stays, reached), "met": (reached, end)}
+        pieces["less"] = end, start
+        bars.append(Bar(row, tuple((kind, *_span(x, *ends)) for kind, ends in pieces.items())))
+    bars.append(Bar(rows[-1], (("part", *_span(x, 0, levels[-1])),)))
     return Waterfall(tuple(bars), tuple((x(v), f"{v:.4g}") for v in x.values))
 
 
 def _span(x: Axis, start: float, end: float) -> tuple[float, float]:
-    low, high = sorted((x(start), x(end)))
-    return low, round(high - low, 1)
+    return x(start), round(max(0.0, x(end) - x(start)), 1)

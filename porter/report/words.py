@@ -83,6 +83,14 @@ def measured(drift: Drift, measure: str) -> str:
     return f"{text} ± {value(drift.kl_ci95) if drift.kl_ci95 is not None else '?'}"
 
 
+def around(drift: Drift, measure: str) -> str:
+    """Half the 95 % interval of a measure, "± 0.0011, "; empty where none is known."""
+    width = getattr(drift, f"{measure.removesuffix('_mean')}_ci95", None)
+    if width is None or not math.isfinite(width) or not width:
+        return ""
+    return f"± {100 * width:.2g} %, " if measure in _SHARES else f"± {width:.2g}, "
+
+
 def shown(drifts: Mapping[str, Drift]) -> list[str]:
     """The measures that at least one of the drifts has."""
     return [m for m in MEASURES if any(getattr(d, m) is not None for d in drifts.values())]
@@ -133,22 +141,24 @@ def attributed(found: Attribution) -> list[Attributed]:
     for part in found.parts:
         outside = part.name == EXPORT
         width = part.own.kl_ci95 if found.measure == "kl_mean" else None
-        figures = (found.amount(part.own), width, None if outside else found.interaction(part))
-        after = found.amount(part.after)
-        rows.append(Attributed(part.name, tuple(part.passes), *map(value, (*figures, after)), part.kind))
+        own, after = value(found.amount(part.own)), value(found.amount(part.after))
+        between = "" if width is None else f"{width:.2g}"
+        other = value(None if outside else found.interaction(part))
+        rows.append(Attributed(part.name, tuple(part.passes), own, between, other, after, part.kind))
     if not found.chain:
         return rows
     own = math.fsum(found.amount(p.own) for p in found.chain)
-    sums = (own, None, found.interactions, found.total)
     kind = "simulated" if any(p.kind == "simulated" for p in found.chain) else "measured"
-    return [*rows, Attributed("total", (), *map(value, sums), kind, last=True)]
+    sums = (value(own), "", value(found.interactions), value(found.total))
+    return [*rows, Attributed("total", (), *sums, kind, last=True)]
 
 
 def ratio(report: DriftReport) -> str:
     """How the total compares with ordinary rounding: "240 times the KL of a plain bf16 run, ..."."""
     words = {"kl_mean": "the KL", "rms_error": "the rms error", "max_abs": "the largest error"}
     each = [f"{value(x)} × {words[name]}" for name, x in report.ratio.items()]
-    return f"{', '.join(each)} of a plain bf16 run ({report.kind('total')} / simulated)" if each else ""
+    kind = dict.fromkeys((report.kind("total"), "simulated"))
+    return f"{', '.join(each)} of a plain bf16 run ({', '.join(kind)})" if each else ""
 
 
 def beside(found: Against) -> list[str]:
