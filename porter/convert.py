@@ -45,8 +45,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     Past a budget, raises DriftError PORT-0605 with the `report` on it, and leaves no bundle (unless
     `options.keep`). Other failures are PorterErrors of the step they happen in, and leave nothing either.
     """
-    started = time.perf_counter()
-    limit = memory.parse(options.max_memory)
+    started, limit = time.perf_counter(), memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
     bundle.remove_stale(out.absolute())
@@ -70,14 +69,13 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             steps = run_passes(
                 pipeline, model, Context(spec, calibrated.feeds, options.seed), progress, trail
             )
-            ported = decoder.recognise(model)
-            kept = _kept(model, pipeline)
+            ported, kept = decoder.recognise(model), _kept(model, pipeline)
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
             lowered = _lower(standard(model), spec, folder, ported, progress)
-            port = Port(model, ported, folder, trail, steps, _exactly(model, spec, ported))
-            found = measured(evidence, source, feeds, port, progress)
+            port = Port(source, model, ported, folder, trail, steps, _exactly(model, spec, ported))
+            found = measured(evidence, feeds, port, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)
@@ -91,12 +89,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 kept=kept,
                 kinds=_kinds(spec, executed=found.executed),
                 placement=lowered.placement,
-                attention=found.heads,
-                attribution=found.attribution,
-                plain=found.plain,
-                depth=found.depth,
-                near_misses=trail.near_misses,
-                recomputed=found.recomputed,
+                **found.told(),
                 memory=figures.of(source, model, lowered, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
@@ -104,19 +97,13 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 repeat=options.repeat,
                 versions=facts["versions"],
             )
-            _write_reports(report, folder)
-            _hold_budget(report, options)
+            _finish(report, folder, options)
     return report
 
 
 def _kinds(spec: TargetSpec, *, executed: bool) -> dict[str, str]:
     """How the lowered program's drift came about: by the target itself, or by what computes as it would."""
     return {} if executed or spec.family == "host" else dict.fromkeys(("total", "lowering"), "simulated")
-
-
-def _hold_budget(report: DriftReport, options: Options) -> None:
-    if not report.ok and not options.keep:
-        raise over_budget(report)
 
 
 def _checked(progress: Progress, watch: memory.Watch) -> Progress:
@@ -194,11 +181,14 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / "tokenizer" / file.name)
 
 
-def _write_reports(report: DriftReport, folder: Path) -> None:
+def _finish(report: DriftReport, folder: Path, options: Options) -> None:
+    """Write the report in its forms, and hold the port to its budget."""
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     (folder / "report.html").write_text(html.to_html(report, plan), encoding="utf-8")
     (folder / "report.junit.xml").write_text(junit.to_xml(report), encoding="utf-8")
+    if not report.ok and not options.keep:
+        raise over_budget(report)
 
 
 def _facts(source: Path, spec: TargetSpec, pipeline: Pipeline, options: Options) -> dict[str, Any]:

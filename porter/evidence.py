@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from porter.drift.compare import Comparison
     from porter.drift.depth import Level
     from porter.drift.measures import Drift
+    from porter.explain import Misses
     from porter.run.protocol import Runner
     from porter.tokenizer import Tokenizer
 
@@ -63,10 +64,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Port:
-    """What a conversion made: `model`, which is in the bundle's `folder` after its passes, its interface, the
-    `trail` of the passes and their `steps`. `exactly` lowers the model into a folder for a host that computes
-    in float32; None where that is what the bundle has."""
+    """What a conversion made of the file `source`: `model`, which is in the bundle's `folder` after its
+    passes, its interface, the `trail` of the passes and their `steps`. `exactly` lowers the model into a
+    folder for a host that computes in float32; None where that is what the bundle has."""
 
+    source: Path
     model: ir.Model
     decoder: decoder.Decoder
     folder: Path
@@ -88,6 +90,12 @@ class Measured:
     attribution: Attribution = field(default_factory=Attribution)
     plain: Drift | None = None
     depth: Sequence[Level] = ()
+    near_misses: Sequence[Misses] = ()
+
+    def told(self) -> dict[str, Any]:
+        """What a report has by the same names."""
+        fields = ("recomputed", "attribution", "plain", "depth", "near_misses")
+        return {"attention": self.heads} | {name: getattr(self, name) for name in fields}
 
 
 def gather(source: Path, model: ir.Model, options: Options, limit: int, single: int) -> Evidence:
@@ -117,21 +125,21 @@ def standard(model: ir.Model) -> ir.Model:
     return model
 
 
-def measured(evidence: Evidence, source: Path, feeds: TokenFeeds, port: Port, progress: Progress) -> Measured:
-    """Measure on `feeds` what the port of `source` is, and where its drift comes from."""
+def measured(evidence: Evidence, feeds: TokenFeeds, port: Port, progress: Progress) -> Measured:
+    """Measure on `feeds` what the port is, and where its drift comes from."""
     reference, folder = evidence.reference, port.folder
     progress("measure", 0.0)
     with _measurable(folder) as path:
         ports = _ports(evidence, port, path)
-        chain, more = _traced(evidence, source, port, path)
+        chain, more = _traced(evidence, port, path)
         candidates = {name: (ports | more)[name] for name in dict.fromkeys([*chain.steps, *ports, *more])}
         kept = _in_folder(reference, folder)
         told = lambda f: progress("measure", f)  # noqa: E731
         drift = measure(kept, candidates, feeds, told, folder, evidence.single, chain.pairs)
-        levels = [] if port.trail.skipped else depth(source, path, feeds.sequences[: measuring.TEXTS])
+        levels = [] if port.trail.skipped else depth(port.source, path, feeds.sequences[: measuring.TEXTS])
     port.trail.close()
     executed = executes(ports[TOTAL].runner)
-    export = exported.read(source, graph.digest(source))
+    export = exported.read(port.source, graph.digest(port.source))
     exports = [Part(EXPORT, (), export, export)] if export else []
     found = Measured(
         {name: drift[name] for name in (TOTAL, PASSES, "lowering")},
@@ -141,6 +149,7 @@ def measured(evidence: Evidence, source: Path, feeds: TokenFeeds, port: Port, pr
         Attribution([*exports, *chain.parts(drift, port.steps, executed=executed)], port.trail.skipped),
         drift[PLAIN].total if PLAIN in drift else None,
         levels,
+        port.trail.near_misses,
     )
     if not evidence.single or reference.streamed:
         return found
@@ -153,7 +162,7 @@ def measured(evidence: Evidence, source: Path, feeds: TokenFeeds, port: Port, pr
     return replace(found, heads=heads)
 
 
-def _traced(evidence: Evidence, source: Path, port: Port, path: Path) -> tuple[Chain, dict[str, Runnable]]:
+def _traced(evidence: Evidence, port: Port, path: Path) -> tuple[Chain, dict[str, Runnable]]:
     """The chain of models from the reference to the port, and those of them that are measured for its sake
     alone, with the reference run in bfloat16."""
     trail, words = port.trail, evidence.reference.words
@@ -168,7 +177,7 @@ def _traced(evidence: Evidence, source: Path, port: Port, path: Path) -> tuple[C
         port.exactly(folder)
         chain[EXACT] = None
         more[EXACT] = Runnable.over(EXACT, lambda: _opened(folder), port.decoder, port.model, words)
-    plain = graph.load(trail.fused(source, path))
+    plain = graph.load(trail.fused(port.source, path))
     round_to_bfloat16(plain)
     graph.save(plain, trail.folder / "plain.onnx")
     more[PLAIN] = _of_file(PLAIN, trail.folder / "plain.onnx", words)

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from porter import decoder, graph
+from porter.decoder import Decoder
 from porter.drift.compare import padded
 from porter.run.feeds import empty_caches, feeds
 from porter.run.reference import ReferenceRunner
@@ -37,10 +38,12 @@ def depth(reference: Path, candidate: Path, texts: Sequence[np.ndarray]) -> list
     models = [graph.load(path) for path in (reference, candidate)]
     known = {v.name for node in models[1].graph for v in node.outputs}
     found = [v.name for v in sums(models[0].graph) if v.name in known]
-    layers = len({c.layer for c in decoder.recognise(models[0]).caches}) or len(found)
-    tokens, mask = padded([t[:LONGEST] for t in texts])
+    about = [decoder.recognise(model) for model in models]
+    layers = len({c.layer for c in about[0].caches}) or len(found)
+    window = min(n for n in (LONGEST, *(n for d in about for n in (d.capacity, d.context))) if n)
+    tokens, mask = padded([t[:window] for t in texts])
     kept = mask.astype(bool)
-    a, b = (_values(model, found, tokens) for model in models)
+    a, b = (_values(*pair, found, tokens) for pair in zip(models, about, strict=True))
     return [
         Level(name, i * layers // len(found), _decibels(a[name][kept], b[name][kept]))
         for i, name in enumerate(found)
@@ -49,13 +52,17 @@ def depth(reference: Path, candidate: Path, texts: Sequence[np.ndarray]) -> list
 
 
 def sums(of: ir.Graph) -> list[ir.Value]:
-    """The longest row of additions in which each adds to the one before: the residual stream."""
+    """The longest row of additions in which each adds to the one before: the residual stream.
+
+    What it carries is read twice: by the layer, and by the addition after it. A bias is added to what is read
+    once.
+    """
     lengths: dict[ir.Value, int] = {}
     before: dict[ir.Value, ir.Value] = {}
     for node in of:
         if node.op_type not in ("Add", *BETWEEN) or node.domain:
             continue
-        out, near = node.outputs[0], [v for v in node.inputs if v in lengths]
+        out, near = node.outputs[0], [v for v in node.inputs if v in lengths and _carried(v)]
         best = max(near, key=lengths.__getitem__, default=None)
         lengths[out] = (lengths[best] if best is not None else 0) + (node.op_type == "Add")
         if best is not None:
@@ -63,15 +70,21 @@ def sums(of: ir.Graph) -> list[ir.Value]:
     last = max(lengths, key=lengths.__getitem__, default=None)
     row = []
     while last is not None:
-        if last.producer().op_type == "Add" and len(last.shape or ()) == 3:
+        if last.producer().op_type == "Add" and (last.shape is None or len(last.shape) == 3):
             row.append(last)
         last = before.get(last)
     return row[::-1]
 
 
-def _values(model: ir.Model, names: Sequence[str], tokens: np.ndarray) -> dict[str, np.ndarray]:
+def _carried(value: ir.Value) -> bool:
+    readers = [node for node, _ in value.uses()]
+    return len(readers) > 1 or any(node.op_type in BETWEEN for node in readers)
+
+
+def _values(
+    model: ir.Model, about: Decoder, names: Sequence[str], tokens: np.ndarray
+) -> dict[str, np.ndarray]:
     """What the values are when the model is fed tokens int64 [batch, n], its caches empty."""
-    about = decoder.recognise(model)
     values = {v.name: v for node in model.graph for v in node.outputs}
     given = {v.name for v in model.graph.outputs}
     model.graph.outputs.extend(values[n] for n in names if n not in given)

@@ -220,10 +220,11 @@ def _scaled(width: float | None, slope: float) -> float | None:
 def _decibels_half_width(signal: np.ndarray, noise: np.ndarray, text: np.ndarray) -> float | None:
     """That of 10 log10 of a ratio of sums: its residuals, noise less ratio times signal, are a mean's."""
     total, power = float(noise.sum()), float(signal.sum())
-    if not power or not total or not math.isfinite(total):
-        return None if math.isfinite(total) and power else math.inf
-    width = half_width((noise - total / power * signal) / signal.mean(), text)
-    return _scaled(width, 10 / math.log(10) * power / total)
+    if not power or not total:
+        return None
+    with np.errstate(invalid="ignore"):
+        residuals = (noise - total / power * signal) / signal.mean()
+    return _scaled(half_width(residuals, text), 10 / math.log(10) * power / total)
 
 
 def student_t975(freedom: int) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from porter import match
 
@@ -28,6 +29,8 @@ def round_to_bfloat16(model: ir.Model) -> int:
     Functions and graphs inside nodes are left alone: a node's results are rounded as those of one operator.
     """
     graph = model.graph
+    if any(v.dtype is None for node in graph for v in node.outputs):
+        common.ShapeInferencePass()(model)  # a file need not say the types
     active = _active(graph)
     nodes = [n for n in graph if any(v in active for v in n.outputs)]
     met: dict[ir.Value, ir.Value] = {}

@@ -81,7 +81,7 @@ def read(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict) or found.get("schema") != SCHEMA:
             raise ValueError(f"its schema is not {SCHEMA}")
         _drifts(found)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         what = f"this is no report: {error}"
         hint = "porter convert writes report.json, porter diff --json prints one"
         raise OptionError("PORT-0620", what, where=str(file), hint=hint) from error
