@@ -142,7 +142,7 @@ def measured(evidence: Evidence, feeds: TokenFeeds, port: Port, progress: Progre
     export = exported.read(port.source, graph.digest(port.source))
     exports = [Part(EXPORT, (), export, export)] if export else []
     found = Measured(
-        {name: drift[name] for name in (TOTAL, PASSES, "lowering")},
+        {name: drift[name] for name in (PASSES, TOTAL, "lowering")},
         [],
         {name: p.tally for name, p in ports.items() if p.tally.steps},
         executed,

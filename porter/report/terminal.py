@@ -55,7 +55,7 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
     if report.attribution.skipped:
         yield Text(f" not split by its causes: {clean(report.attribution.skipped)}", style="dim")
     if report.ratio:
-        yield Text(f" {ratio(report)}")
+        yield Text(f" over plain bf16 (simulated): {ratio(report)}")
     if report.context:
         yield _context(report)
     if report.attention:

@@ -267,7 +267,7 @@ def test_every_section_is_there_where_its_data_is(make_report, make_plan):
         assert heading in full.text
         assert heading not in bare.text
     assert "What was run, and how to repeat it" in bare.text
-    assert "6.683 × the rms error" in full.text  # 10 ** ((44 - 27.5) / 20)
+    assert "rms 6.7 ×" in full.text  # 10 ** ((44 - 27.5) / 20)
 
 
 def test_what_was_not_split_says_why(make_report):
