@@ -232,24 +232,55 @@ def run(
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(help="The reference: an ONNX file or a bundle.")],
-    b: Annotated[Path, typer.Argument(help="What is measured against it: an ONNX file or a bundle.")],
+    a: Annotated[
+        Path,
+        typer.Argument(
+            help="The reference: an ONNX file or a bundle. Alone, with --against: a bundle or a report.json."
+        ),
+    ],
+    b: Annotated[
+        Path | None, typer.Argument(help="What is measured against it: an ONNX file or a bundle.")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="An earlier report.json, or its bundle; exit code 3 when a measure got worse."),
+    ] = None,
     budget: Budget = "",
     data: Data = "",
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Measure how far B's output is from A's, on prefill and on cached decode steps."""
+    """Measure how far B's output is from A's, on prefill and on cached decode steps; or a report from an
+    earlier one."""
     from porter.diff import diff as run
-    from porter.terminal import Stages, print_report
+    from porter.report import baseline
+    from porter.terminal import Stages, print_against, print_report
 
-    with Stages(quiet=json_) as stages:
-        report = run(a, b, budget=budget, data=data, seed=seed, repeat=_command(), progress=stages.update)
-    _answer(report.to_dict(), json_, lambda: print_report(report))
-    if not report.ok:
+    if against is not None:
+        baseline.read(against)  # before any work
+    report = None
+    if b is not None:
+        with Stages(quiet=json_) as stages:
+            report = run(a, b, budget=budget, data=data, seed=seed, repeat=_command(), progress=stages.update)
+    elif against is None:
+        hint = "porter diff A B, or --against BASELINE"
+        raise OptionError("PORT-0623", "there is nothing to measure it against", where=str(a), hint=hint)
+    document = report.to_dict() if report is not None else baseline.read(a)
+    beside = baseline.against(document, against) if against is not None else None
+
+    def show() -> None:
+        if report is not None:
+            print_report(report)
+        if beside is not None:
+            print_against(beside)
+
+    _answer(document | ({"against": beside.to_json()} if beside is not None else {}), json_, show)
+    if report is not None and not report.ok:
         from porter.convert import over_budget
 
         raise over_budget(report)
+    if beside is not None and not beside.ok:
+        raise beside.refusal()
 
 
 @app.command()

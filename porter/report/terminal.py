@@ -10,17 +10,22 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from porter.drift.attribution import Attribution
 from porter.report import times
+from porter.report.baseline import Against
 from porter.report.report import DriftReport
 from porter.report.words import (
     MEASURES,
     amount,
+    attributed,
+    beside,
     by_length,
     calibrated,
     clean,
     evidence,
     kept,
     measured,
+    ratio,
     recomputed,
     shown,
     title,
@@ -47,6 +52,12 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         yield Text(f"calibrated on {calibrated(report)}", style="dim")
     if report.drift:
         yield _drift(report)
+    if report.attribution.parts:
+        yield _attribution(report.attribution)
+    if report.attribution.skipped:
+        yield Text(f" not split by its causes: {clean(report.attribution.skipped)}", style="dim")
+    if report.ratio:
+        yield Text(f" over plain bf16 (simulated): {ratio(report)}")
     if report.context:
         yield _context(report)
     if report.attention:
@@ -58,6 +69,10 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         yield _stages(report)
     if report.kept:
         yield Text(f" {kept(report)}")
+    for miss in report.near_misses[:3]:
+        yield Text(
+            f" nearly {clean(miss.rule)}, {miss.count} times: {clean(miss.reason)} at {clean(miss.node)}"
+        )
     for placed in report.placement:
         yield Text(f" {clean(str(placed))}")
     if report.memory or report.seconds:
@@ -85,6 +100,30 @@ def _drift(report: DriftReport) -> Table:
             table.add_row("± 95 %", *(value(d.kl_ci95) for d in drifts.values()))
     table.add_row("tokens", *(str(d.tokens) for d in drifts.values()))
     return table
+
+
+def _attribution(found: Attribution) -> Table:
+    """What each step changed, how that met what the steps before had done, and what there is after it."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"where from\n{'KL, mean' if found.measure == 'kl_mean' else 'noise / signal'}")
+    for heading in ("its own", "± 95 %", "interaction", "after it", ""):
+        table.add_column(heading, justify="right")
+    for row in attributed(found):
+        figures = (row.own, row.width, row.interaction, row.after)
+        table.add_row(clean(row.name), *figures, row.kind, style="bold" if row.last else None)
+    return table
+
+
+def against(found: Against) -> RenderableType:
+    """A report beside its baseline: every measure then and now, and the verdict."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for i, heading in enumerate(("against the baseline", "before", "now", "± 95 %", "")):
+        table.add_column(heading, justify="right" if 0 < i < 4 else "left")
+    for row in found.rows:
+        figures = (value(row.before, row.measure), value(row.now, row.measure), value(row.interval))
+        style = {"worse": "bold red", "better": "green"}.get(row.verdict)
+        table.add_row(f"{clean(row.drift)}: {MEASURES[row.measure][0]}", *figures, row.verdict, style=style)
+    return Group(table, *(Text(line) for line in beside(found)))
 
 
 def _context(report: DriftReport) -> Table:
