@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from porter.drift import budget as budgets
 from porter.drift.measure import tokenizer_files
 from porter.errors import DriftError
 from porter.evidence import gather, measured, standard
-from porter.options import Options, Progress, pipeline_text, single_tokens
+from porter.options import Options, Progress, pipeline_text, searched, single_tokens
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
 from porter.report import memory as figures
@@ -38,9 +39,19 @@ MAX_CONTEXT = 4096  # cached tokens, where the model allows more and --context d
 def convert(source: Path, out: Path, options: Options) -> DriftReport:
     """Port `source` and write the bundle `out`; the report says what the passes and the lowering cost.
 
-    Past a budget, raises DriftError PORT-0605 with the `report` on it, and leaves no bundle (unless
+    Formats that are `auto` are searched for first (`porter.search`). Past a budget, raises DriftError
+    PORT-0605 with the `report` on it, past a latency PORT-0634, and leaves no bundle (unless
     `options.keep`). Other failures are PorterErrors of the step they happen in, and leave nothing either.
     """
+    if searched(options):
+        from porter.search.search import convert as search
+
+        return search(source, out, options, port)
+    return port(source, out, options, {})
+
+
+def port(source: Path, out: Path, options: Options, found: Mapping[str, Any]) -> DriftReport:
+    """The straight path; `found` is what a search says of how it came to these options."""
     started = time.perf_counter()
     limit = memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
@@ -69,25 +80,26 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
             lowered = _lower(standard(model), spec, folder, ported, progress)
-            found = measured(evidence, feeds, model, ported, folder, progress)
+            drift = measured(evidence, feeds, model, ported, folder, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)
             report = DriftReport.of(
-                found.drift,
+                drift.drift,
                 feeds.to_json(),
                 model=facts["source"],
                 target=spec.name,
                 pipeline=str(pipeline),
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
-                kinds=_kinds(spec, executed=found.executed),
+                kinds=_kinds(spec, executed=drift.executed),
                 placement=lowered.placement,
-                attention=found.heads,
-                recomputed=found.recomputed,
+                attention=drift.heads,
+                recomputed=drift.recomputed,
                 memory=figures.of(source, model, lowered, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
+                search=found,
                 calibration=calibrated.facts,
                 repeat=options.repeat,
                 versions=facts["versions"],

@@ -88,6 +88,7 @@ class DriftReport:
     repeat: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     calibration: Mapping[str, object] = field(default_factory=dict)
+    search: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def total(self) -> Drift:
