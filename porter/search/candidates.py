@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -65,7 +66,8 @@ def worth(found: Sequence[WeightPass], matrices: Sequence[Matrix], spec: TargetS
     points = []
     for cast in found:
         form = cast.form(Context(spec))
-        errors = [error(x, rounded(cast, form, x, None)) for x in sample]
+        encode = formats.encode if cast.name == "quantize.rtn" else partial(cast.encode, name="")
+        errors = [error(x, formats.decode(encode(form, x))) for x in sample]  # too small to compile for
         bits = np.mean([form.bits_per_weight(x.shape[-2], x.shape[-1]) for x in sample])
         points.append((float(bits), float(np.mean(errors))))
     kept = [i for i, (b, e) in enumerate(points) if not any(b2 <= b and e2 * CLOSE < e for b2, e2 in points)]
