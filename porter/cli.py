@@ -146,15 +146,25 @@ def convert(
     model: Annotated[Path, typer.Argument(help="An ONNX file.")],
     output: Out,
     target: Target = "host",
-    weights: Annotated[str, typer.Option(help="Weight format, as int4-g32.")] = "",
+    weights: Annotated[
+        str, typer.Option(help="Weight format, as int4-g32; auto: the cheapest of each weight in the budget.")
+    ] = "",
     method: Annotated[
         str, typer.Option(help="How weights are cast to it: a pass quantize.METHOD. Default: rtn.")
     ] = "",
     activations: Annotated[str, typer.Option(help="Format that linear layers multiply in, as int8.")] = "",
     form: Form = "onnx",
-    kv: Annotated[str, typer.Option(help="KV-cache scheme, as kivi2, with options: 'kivi2 recent=64'.")] = "",
+    kv: Annotated[
+        str, typer.Option(help="KV-cache scheme, as kivi2, with options: 'kivi2 recent=64'; or auto.")
+    ] = "",
     pipeline: Annotated[str, typer.Option(help="Passes to run instead of the target's own.")] = "",
     budget: Budget = "",
+    minimize: Annotated[
+        str, typer.Option(help="What auto makes small: bytes (default), time, dollars.")
+    ] = "",
+    latency: Annotated[
+        str, typer.Option(help="How long a decode step may take by the estimate, as 100ms; else exit code 3.")
+    ] = "",
     data: Data = "",
     seed: Seed = 0,
     context: CacheTokens = 0,
@@ -179,6 +189,8 @@ def convert(
             form=form,
             pipeline=pipeline,
             budget=budget,
+            minimize=minimize,
+            latency=latency,
             data=data,
             seed=seed,
             context=context,

@@ -24,6 +24,7 @@ from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
 from porter.report import memory as figures
 from porter.report.report import DriftReport, Figure, Stage
+from porter.search import latency
 from porter.target import TargetSpec
 from porter.weights import select
 from porter.weights.base import WeightPass
@@ -46,12 +47,12 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     if searched(options):
         from porter.search.search import convert as search
 
-        return search(source, out, options, port)
-    return port(source, out, options, {})
+        return search(source, out, options, _straight)
+    return _straight(source, out, options, {})
 
 
-def port(source: Path, out: Path, options: Options, found: Mapping[str, Any]) -> DriftReport:
-    """The straight path; `found` is what a search says of how it came to these options."""
+def _straight(source: Path, out: Path, options: Options, search: Mapping[str, Any]) -> DriftReport:
+    """The straight path; `search` is what a search says of how it came to these options."""
     started = time.perf_counter()
     limit = memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
@@ -79,27 +80,29 @@ def port(source: Path, out: Path, options: Options, found: Mapping[str, Any]) ->
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
+            deadline = latency.held(model, spec, str(pipeline), ported, options)
             lowered = _lower(standard(model), spec, folder, ported, progress)
-            drift = measured(evidence, feeds, model, ported, folder, progress)
+            found = measured(evidence, feeds, model, ported, folder, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)
             report = DriftReport.of(
-                drift.drift,
+                found.drift,
                 feeds.to_json(),
                 model=facts["source"],
                 target=spec.name,
                 pipeline=str(pipeline),
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
-                kinds=_kinds(spec, executed=drift.executed),
+                kinds=_kinds(spec, executed=found.executed),
                 placement=lowered.placement,
-                attention=drift.heads,
-                recomputed=drift.recomputed,
+                attention=found.heads,
+                recomputed=found.recomputed,
                 memory=figures.of(source, model, lowered, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
-                search=found,
+                search=search,
+                **deadline,
                 calibration=calibrated.facts,
                 repeat=options.repeat,
                 versions=facts["versions"],
@@ -149,7 +152,8 @@ def run_passes(pipeline: Pipeline, model: ir.Model, context: Context, progress: 
 def over_budget(report: DriftReport) -> DriftError:
     """The refusal, with the report on it."""
     what = "; ".join(str(v) for v in report.violations)
-    error = DriftError("PORT-0605", f"the lowered program is over budget: {what}",
+    slow = all(v.measure == "latency_s" for v in report.violations)
+    error = DriftError("PORT-0634" if slow else "PORT-0605", f"the lowered program is over budget: {what}",
                        hint="--keep writes the bundle all the same")  # fmt: skip
     error.report = report  # type: ignore[attr-defined]
     return error

@@ -48,7 +48,8 @@ class Options:
 
 
 def searched(options: Options) -> bool:
-    """Whether formats are to be searched for. Raises OptionError PORT-0632 for what only a search minimizes."""
+    """Whether formats are to be searched for. Raises OptionError PORT-0632 for --minimize without a
+    search."""
     if AUTO in (options.weights, options.kv):
         return True
     if options.minimize:
@@ -98,7 +99,7 @@ def weights_text(spec: TargetSpec, options: Options) -> str:
 
 
 def check_method(method: str, more: tuple[str, ...] = ()) -> None:
-    """Raise OptionError PORT-0258 for a method that is none of the passes that cast weights, nor of `more`."""
+    """Raise OptionError PORT-0258 for a method that is no pass that casts weights, and none of `more`."""
     methods = [m for m in registry.builtin() if m.startswith("quantize.") and casts_weights(m)]
     known = [*(m.removeprefix("quantize.") for m in methods), *more]
     if method not in known:

@@ -67,7 +67,11 @@ def text_of(scheme: Scheme) -> str:
     words += [f"{name}={n!r}" for name in ("share", "bits") if (n := getattr(scheme, name))]
     words += [f"copy={scheme.copy}"] if scheme.copy else []
     words += [f"tolerance={scheme.tolerance!r}"] if scheme.tolerance else []
-    words += [f"layers={':'.join('/'.join(map(side_text, pair)) for pair in scheme.layers)}"] if scheme.layers else []
+    words += (
+        [f"layers={':'.join('/'.join(map(side_text, pair)) for pair in scheme.layers)}"]
+        if scheme.layers
+        else []
+    )
     return " ".join(words)
 
 

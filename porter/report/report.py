@@ -60,7 +60,9 @@ class DriftReport:
     does to each head, at several context lengths (`porter.drift.attention`); empty where none is quantized.
     `recomputed` says of `passes` and `total` how often attention was computed from the exact copy of a
     certified cache; empty where there is none.
-    `budget` is what was allowed of `total` and `violations` what was not kept. `kept` says which weights stay
+    `budget` is what was allowed of `total`, `latency` how many seconds a decode step may take by the
+    `estimate`, and `violations` what was not kept. `search` says how formats were found
+    (`porter.search.record`). `kept` says which weights stay
     floats where others were cast (`porter.weights.select.Kept`). `placement` says in what each class of
     tensors is multiplied on the target; empty for family host, which computes in float32. `repeat` is the
     command that does all this again.
@@ -89,6 +91,7 @@ class DriftReport:
     versions: Mapping[str, str] = field(default_factory=dict)
     calibration: Mapping[str, object] = field(default_factory=dict)
     search: Mapping[str, object] = field(default_factory=dict)
+    latency: float | None = None
 
     @property
     def total(self) -> Drift:
@@ -97,8 +100,11 @@ class DriftReport:
 
     @property
     def violations(self) -> list[Violation]:
-        """What the total drift does not keep, outputs that are not numbers among it."""
-        return check(self.budget, self.total)
+        """What the total drift does not keep, outputs that are not numbers among it, nor the decode step."""
+        step = (self.estimate or {}).get("decode_s")
+        slow = self.latency is not None and not (isinstance(step, float) and step <= self.latency)
+        late = [Violation("latency_s", self.latency, step)] if slow else []  # type: ignore[arg-type]
+        return check(self.budget, self.total) + late
 
     @property
     def ok(self) -> bool:

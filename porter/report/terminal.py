@@ -20,6 +20,7 @@ from porter.report.words import (
     kept,
     measured,
     recomputed,
+    searched,
     shown,
     title,
     value,
@@ -56,6 +57,8 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         yield _stages(report)
     if report.kept:
         yield Text(f" {kept(report)}")
+    for line in searched(report):
+        yield Text(f" {line}")
     for placed in report.placement:
         yield Text(f" {clean(str(placed))}")
     if report.memory or report.seconds or report.estimate:

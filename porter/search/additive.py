@@ -55,9 +55,11 @@ def limits(budget: Mapping[str, float], measures: tuple[str, ...]) -> np.ndarray
 
 
 def amounts(drift: Drift, measures: tuple[str, ...]) -> np.ndarray:
-    """A drift as amounts that add up, float64 [measures]; infinite for what was not measured or is no number."""
+    """A drift as amounts that add up, float64 [measures]; infinite for what is not known."""
     found = [getattr(drift, name) for name in measures]
-    made = [math.inf if x is None or math.isnan(x) else FORMS[n](x) for n, x in zip(measures, found, strict=True)]
+    made = [
+        math.inf if x is None or math.isnan(x) else FORMS[n](x) for n, x in zip(measures, found, strict=True)
+    ]
     return np.array(made)
 
 

@@ -1,4 +1,4 @@
-"""Sensitivities of a cache: what the keys, or the values, of each layer alone do to the drift in each scheme."""
+"""Sensitivities of a cache: what keys, or values, of each layer alone do to the drift in each scheme."""
 
 from __future__ import annotations
 

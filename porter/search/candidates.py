@@ -48,7 +48,8 @@ def every(spec: TargetSpec, method: str) -> list[WeightPass]:
 def _pass(spec: TargetSpec, method: str, name: str, scales: str) -> WeightPass | None:
     """The pass, or None where the method does not do the format, or does nothing."""
     cls = registry.find(f"quantize.{method}")
-    assert isinstance(cls, type) and issubclass(cls, WeightPass)
+    assert isinstance(cls, type)
+    assert issubclass(cls, WeightPass)
     made = cls(format=name, skip=(), scales=scales)
     try:
         form = made.form(Context(spec))
@@ -104,8 +105,8 @@ def error(values: np.ndarray, instead: np.ndarray, gram: np.ndarray | None = Non
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tried:
-    """A candidate of a matrix: what it makes of it, its bytes and seconds, `cost` the one of both that counts,
-    and how far off the outputs are."""
+    """A candidate of a matrix: what it makes of it, its bytes and seconds, `cost` the one of these that
+    counts, and how far off the outputs are."""
 
     cast: WeightPass
     values: np.ndarray

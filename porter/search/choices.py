@@ -74,6 +74,8 @@ class Assignment:
 
     def bits(self, *kinds: Kind) -> float:
         """Average bits of a stored number of such items; nan where there are none."""
-        held = [(o.bytes, i.numbers) for i, o in zip(self.items, self.options, strict=True) if i.kind in kinds]
+        held = [
+            (o.bytes, i.numbers) for i, o in zip(self.items, self.options, strict=True) if i.kind in kinds
+        ]
         numbers = sum(n for _, n in held)
         return 8 * sum(b for b, _ in held) / numbers if numbers else float("nan")

@@ -38,7 +38,9 @@ class Costs:
     def __post_init__(self) -> None:
         if self.minimize == "dollars" and self.spec.price is None:
             what = f"{self.spec.name} has no price, so dollars cannot be minimized"
-            raise OptionError("PORT-0633", what, where="--minimize", hint="take --minimize time, or another target")
+            raise OptionError(
+                "PORT-0633", what, where="--minimize", hint="take --minimize time, or another target"
+            )
 
     def of(self, size: float, seconds: float) -> float:
         """The one of bytes and seconds that is minimized; dollars are seconds at a price."""
@@ -76,7 +78,7 @@ class Costs:
         return sum(self.timer(w, self.spec).seconds for w in found if w.kernel == "decode-attention")
 
     def rest(self, bits: float | None) -> float:
-        """Seconds of a decode step without the products; `bits` of a cached number, None: without attention."""
+        """Seconds of a decode step without products; `bits` of a cached number, None: without attention."""
         assert self.model is not None
         found = self._kernels(self.model, bits or _KEPT)
         left_out = {"gemm"} | ({"decode-attention"} if bits is None else set())

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -42,9 +43,9 @@ class Solution:
 def solve(
     costs: Sequence[np.ndarray], weights: Sequence[np.ndarray], limits: np.ndarray, states: int = STATES
 ) -> Solution | None:
-    """The cheapest choice; None where none keeps the limits (or, under several limits, none was found).
+    """The cheapest choice; None where none keeps the limits (or, with few `states`, none was found).
 
-    `costs`: float64 [options] for each item, `weights`: float64 [options, k] >= 0, `limits`: float64 [k] >= 0.
+    `costs`: float64 [options] of each item, `weights`: float64 [options, k] >= 0, `limits`: float64 [k] >= 0.
     """
     problem = _Problem.of(costs, weights, limits)
     if not np.isfinite(problem.costs).any(axis=1).all():
@@ -62,7 +63,7 @@ def hull(costs: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> list[tup
     for i, (cost, weight) in enumerate(zip(costs, weights, strict=True)):
         found = _lower_hull(cost, weight)
         start.append(found[0])
-        for a, b in zip(found, found[1:], strict=False):
+        for a, b in pairwise(found):
             steps.append(((weight[a] - weight[b]) / (cost[b] - cost[a]), i, b))
     chosen, out = list(start), [tuple(start)]
     for _, i, option in sorted(steps, key=lambda step: -step[0]):
@@ -96,9 +97,7 @@ class _Problem:
     limits: np.ndarray
 
     @classmethod
-    def of(
-        cls, costs: Sequence[np.ndarray], weights: Sequence[np.ndarray], limits: np.ndarray
-    ) -> _Problem:
+    def of(cls, costs: Sequence[np.ndarray], weights: Sequence[np.ndarray], limits: np.ndarray) -> _Problem:
         most, k = max(map(len, costs)), len(limits)
         c, w = np.full((len(costs), most), np.inf), np.zeros((len(costs), most, k))
         scale = np.where(limits > 0, limits, 1)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import onnx_ir as ir
+
 from porter.decoder import Decoder
 from porter.errors import DriftError, OptionError
 from porter.estimate.estimate import Estimate, Options, estimate
 from porter.estimate.model import Model
+from porter.estimate.onnx import of_model
+from porter.options import Options as Asked
 from porter.target import TargetSpec
 from porter.target.units import Impossible, WrongUnit, quantity, shown
 
@@ -33,6 +39,21 @@ def context_of(known: Decoder) -> int:
 def estimated(model: Model, spec: TargetSpec, context: int) -> Estimate:
     """A decode step of one row with a full cache. Raises what `estimate` does."""
     return estimate(model, spec, Options(prompt=1, context=context))
+
+
+def held(model: ir.Model, spec: TargetSpec, pipeline: str, known: Decoder, asked: Asked) -> dict[str, object]:
+    """What a report says of `--latency`: the limit in seconds and the estimate; nothing where none is asked.
+
+    Raises OptionError PORT-0635, DriftError PORT-0634 for a step that takes longer (unless `asked.keep`), and
+    what an estimate does.
+    """
+    limit = parse(asked.latency)
+    if math.isinf(limit):
+        return {}
+    found = estimated(of_model(model, "", pipeline), spec, context_of(known))
+    if found.decode_s > limit and not asked.keep:
+        raise over(found, limit)
+    return {"latency": limit, "estimate": found.to_dict()}
 
 
 def over(found: Estimate, limit: float) -> DriftError:

@@ -88,12 +88,17 @@ class Record:
         ]
         place = {"layer": item.layer} if item.kind != "weight" else {}
         chose = item.options[chosen].name
-        return {"name": item.name, "kind": item.kind, **place, "numbers": item.numbers, "chosen": chose, "options": options}
+        return {
+            "name": item.name,
+            "kind": item.kind,
+            **place,
+            "numbers": item.numbers,
+            "chosen": chose,
+            "options": options,
+        }
 
 
 def _bits(assignment: Assignment) -> dict[str, float]:
     """Average bits of a stored weight, and of a cached number, where these were searched."""
     found = {name: assignment.bits(*kinds) for name, kinds in KINDS.items()}
     return {name: bits for name, bits in found.items() if not math.isnan(bits)}
-
-

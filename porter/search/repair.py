@@ -51,7 +51,9 @@ def safest(items: Sequence[Item], limits: Limits) -> Assignment:
     """The assignment that promises the least drift, as far as seconds allow."""
     scale = np.where(limits.amounts > 0, limits.amounts, 1)
     worst = [np.max(item.amounts() / scale, axis=1, initial=0) for item in items]
-    seconds = [item.costs("time") if np.isfinite(limits.seconds) else np.zeros(len(item.options)) for item in items]
+    seconds = [
+        item.costs("time") if np.isfinite(limits.seconds) else np.zeros(len(item.options)) for item in items
+    ]
     found = knapsack.solve(worst, [s[:, None] for s in seconds], np.array([min(limits.seconds, 1e300)]))
     chosen = found.chosen if found else tuple(int(np.argmin(s)) for s in seconds)
     return Assignment(tuple(items), chosen)

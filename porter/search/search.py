@@ -1,14 +1,14 @@
 """Search: formats for the weights and the cache that keep a budget and cost least, then the straight path.
 
-    sensitivities  ->  cheapest assignment  ->  passes, measured  ->  lowered, measured
-                              ^                      |                       |
-                              '---- other limits ----'-----------------------'
+sensitivities  ->  cheapest assignment  ->  passes, measured  ->  lowered, measured
+                          ^                      |                       |
+                          '---- other limits ----'-----------------------'
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from porter import decoder as decoders
 from porter import graph, kv, memory, options, target
 from porter.context import Context
 from porter.drift import budget as budgets
-from porter.drift.measures import Drift
-from porter.errors import DriftError, EnvironmentFailure, OptionError, PorterError
+from porter.errors import DriftError, EnvironmentFailure, OptionError
 from porter.estimate.needs import cache_bits
 from porter.estimate.onnx import of_model
 from porter.evidence import gather
@@ -90,7 +89,9 @@ class _Search:
         evidence = gather(source, model, asked, memory.parse(asked.max_memory), single)
         if evidence.plan.piece:
             what = "the model does not fit in memory, and a search keeps a whole one"
-            raise EnvironmentFailure("PORT-0637", what, where=source.name, hint="give formats yourself: --weights FORMAT")
+            raise EnvironmentFailure(
+                "PORT-0637", what, where=source.name, hint="give formats yourself: --weights FORMAT"
+            )
         asked.progress("feeds", 0.0)
         feeds = evidence.texts(asked)
         Pipeline.parse(options.filled(spec, asked, "", "")).run(model, Context(spec, (), asked.seed))
@@ -119,7 +120,9 @@ class _Search:
         self.asked.progress("search", 0.0)
         if (limits.amounts < 0).any() or limits.seconds < 0:
             raise self._nothing(None)
-        rounds = repair.search(self.items, limits, self.record.costs.minimize, lambda a: self._verified(a, limits))
+        rounds = repair.search(
+            self.items, limits, self.record.costs.minimize, lambda a: self._verified(a, limits)
+        )
         self.record.rounds += [r for r in rounds if r not in self.record.rounds]
         if (found := repair.best(rounds, self.record.costs.minimize)) is not None:
             return found.assignment
@@ -176,7 +179,9 @@ def _checked(asked: Options, spec: TargetSpec, budget: Mapping[str, float]) -> t
     measures = additive.planned(budget)
     if not measures:
         what = "a search needs a budget of drift that can be planned for"
-        raise OptionError("PORT-0630", what, where="--budget", hint=f"as kl=0.02; of {', '.join(additive.FORMS)}")
+        raise OptionError(
+            "PORT-0630", what, where="--budget", hint=f"as kl=0.02; of {', '.join(additive.FORMS)}"
+        )
     if asked.pipeline:
         options.pipeline_text(spec, asked)  # raises
     if (asked.minimize or "bytes") not in MINIMIZE:

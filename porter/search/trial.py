@@ -21,7 +21,7 @@ from porter.target import TargetSpec
 
 @dataclass
 class Trials:
-    """What every trial of a conversion shares; calibration feeds are made once, when they are first wanted."""
+    """What all trials of a conversion share; calibration feeds are made once, when they are wanted."""
 
     source: Path
     spec: TargetSpec
@@ -31,7 +31,7 @@ class Trials:
     calibrated: Calibration | None = None
 
     def drift(self, text: str) -> Drift:
-        """The drift of the model after the pipeline `text`, from the fp32 reference. Raises what passes do."""
+        """The drift of the model after the pipeline `text` from the fp32 reference. Raises what passes do."""
         pipeline, model = Pipeline.parse(text), graph.load(self.source)
         pipeline.run(model, Context(self.spec, self._calibrated(pipeline).feeds, self.options.seed))
         reference = self.evidence.reference
@@ -42,7 +42,9 @@ class Trials:
             port = Runnable.over(
                 "passes", lambda: ReferenceRunner(path), known, model, reference.words, whole=reference.whole
             )
-            found = measure(reference, {"passes": port}, self.feeds, lambda f: None, Path(folder), self.evidence.single)
+            found = measure(
+                reference, {"passes": port}, self.feeds, lambda f: None, Path(folder), self.evidence.single
+            )
             port.close()
         return found["passes"].total
 

@@ -80,7 +80,7 @@ def _tried(
     costs: Costs,
 ) -> Tried:
     form = cast.form(Context(spec))
-    *lead, rows, columns = matrix.shape
+    rows, columns = matrix.shape[-2:]
     size = form.bits_per_weight(rows, columns) * values.size / 8
     made = rounded(cast, form, values, gram)
     seconds = costs.weight(matrix, form.name, size)
