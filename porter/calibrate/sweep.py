@@ -94,7 +94,7 @@ class Sweep:
         return arrays()
 
     def trial(self, values: Sequence[ir.Value], instead: Sequence[ir.Value]) -> Trial:
-        """What runs everything from here to `values` with other arrays in place of `instead`, again and again:
+        """What runs all from here to `values` with other arrays in place of `instead`, again and again:
         initializers, or values that were advanced to. Nothing is kept of it. Raises what `advance`
         does."""
         piece = self._piece(values, instead)
