@@ -26,36 +26,39 @@ from porter.weights.select import Matrix
 WITHOUT_DATA = ("rtn", "kquant", "hqq")  # methods that look at weights alone
 GROUPS = ("-g32", "-g128")  # of integers of fewer than 8 bits, whose scales are then 16 bits wide
 MOST = 8  # candidates that are measured on a matrix
-CLOSE = 1.25  # a candidate of the sample is beaten by one whose error is smaller by so much
+CLOSE = 1.02  # a candidate of the sample is beaten by one whose error is smaller by so much
 ROWS, TENSORS = 32, 12  # of the sample
 
 
 def every(spec: TargetSpec, method: str) -> list[WeightPass]:
     """All that the target reads, by `method` where it can be and one is asked for, else by those that need
     no data."""
-    methods = (method, "rtn") if method else WITHOUT_DATA
+    methods = {m: _method(m) for m in ((method, "rtn") if method else WITHOUT_DATA)}
     found: list[WeightPass] = []
     for name in spec.weights:
         grouped = class_of(name) == "int" and formats.parse(f"{name}-r").bits < 8
         for text in [name + g for g in GROUPS] if grouped else [name]:
-            for m in methods:
-                cast = _pass(spec, m, text, "fp16" if grouped else "")
-                if cast is not None and (not method or m == method or not _pass(spec, method, text, "")):
-                    found.append(cast)
+            made = [_pass(spec, cls, text, "fp16" if grouped else "") for cls in methods.values()]
+            casts = [cast for cast in made if cast is not None]
+            found += casts[:1] if method else casts
     return found
 
 
-def _pass(spec: TargetSpec, method: str, name: str, scales: str) -> WeightPass | None:
+def _method(name: str) -> type[WeightPass]:
+    found = registry.find(f"quantize.{name}")
+    assert isinstance(found, type)
+    assert issubclass(found, WeightPass)
+    return found
+
+
+def _pass(spec: TargetSpec, cls: type[WeightPass], name: str, scales: str) -> WeightPass | None:
     """The pass, or None where the method does not do the format, or does nothing."""
-    cls = registry.find(f"quantize.{method}")
-    assert isinstance(cls, type)
-    assert issubclass(cls, WeightPass)
     made = cls(format=name, skip=(), scales=scales)
     try:
         form = made.form(Context(spec))
     except PassError:
         return None
-    if form.element == "fp32" or (form.element in ("fp16", "bf16") and method != "rtn"):
+    if form.element == "fp32" or (form.element in ("fp16", "bf16") and cls.name != "quantize.rtn"):
         return None
     return made
 

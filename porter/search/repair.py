@@ -23,7 +23,7 @@ class Limits:
     seconds: float = np.inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Round:
     """An assignment that was verified: what it really adds up to, [measures], and whether that holds."""
 

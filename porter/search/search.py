@@ -8,7 +8,7 @@ sensitivities  ->  cheapest assignment  ->  passes, measured  ->  lowered, measu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from porter.search.costs import MINIMIZE, Costs
 from porter.search.probe import Probe
 from porter.search.record import Record
 from porter.search.repair import Limits, Round
-from porter.search.trial import Trials, straight
+from porter.search.trial import Trials, before_weights, straight
 from porter.target import TargetSpec
 from porter.weights import select
 
@@ -49,19 +49,18 @@ def convert(source: Path, out: Path, asked: Options, port: Straight) -> DriftRep
     """
     found = _Search.of(source, asked)
     lowering = np.zeros(len(found.measures))
-    for last in (False,) * (LOWERED - 1) + (True,):
-        limits = Limits(found.limits.amounts - lowering, found.limits.seconds)
-        chosen = found.chosen(limits)
+    for attempt in range(LOWERED):
+        chosen = found.chosen(Limits(found.limits.amounts - lowering, found.limits.seconds))
+        ready, said = straight(asked, found.text(chosen.assignment)), found.record.to_json(chosen.assignment)
         try:
-            return port(source, out, straight(asked, found.text(chosen)), found.record.to_json(chosen))
+            return port(source, out, replace(ready, keep=asked.keep and not chosen.holds), said)
         except DriftError as error:
-            report = getattr(error, "report", None)
-            if report is None or error.code != "PORT-0605" or last:
+            lowering = found.lowering(error)
+            if attempt + 1 < LOWERED and (lowering < found.limits.amounts).all():
+                continue
+            if not asked.keep:
                 raise
-            total, passes = (additive.amounts(report.drift[n], found.measures) for n in ("total", "passes"))
-            lowering = np.maximum(0, total - passes)
-            if (found.limits.amounts <= lowering).any():
-                raise
+        return port(source, out, ready, said)
     raise AssertionError
 
 
@@ -94,7 +93,9 @@ class _Search:
             )
         asked.progress("feeds", 0.0)
         feeds = evidence.texts(asked)
-        Pipeline.parse(options.filled(spec, asked, "", "")).run(model, Context(spec, (), asked.seed))
+        Pipeline.parse(before_weights(spec)).run(model, Context(spec, (), asked.seed))
+        trials = Trials(model, spec, asked, evidence, feeds)
+        model = trials.passed(Pipeline.parse(options.filled(spec, asked, "", "")))
         known = decoders.recognise(model)
         timed = asked.minimize in ("time", "dollars") or np.isfinite(deadline)
         costs = Costs(
@@ -106,7 +107,6 @@ class _Search:
         )
         probe = Probe(model, feeds, evidence.reference.vocabulary)
         items = _items(probe, spec, asked, costs, measures)
-        trials = Trials(source, spec, asked, evidence, feeds)
         limits = additive.limits(budget, measures)
         record = Record(costs, measures, items, probe.tokens, np.zeros(len(measures)))
         made = cls(asked, spec, budget, measures, Limits(limits), items, trials, record)
@@ -115,21 +115,34 @@ class _Search:
         made.limits = Limits(limits - record.offset, seconds)
         return made
 
-    def chosen(self, limits: Limits) -> Assignment:
+    def chosen(self, limits: Limits) -> Round:
         """The cheapest assignment that holds after its passes; else, with --keep, the closest to it."""
         self.asked.progress("search", 0.0)
-        if (limits.amounts < 0).any() or limits.seconds < 0:
+        minimize = self.record.costs.minimize
+        if (limits.amounts < 0).any() or self._fastest() > limits.seconds:
             raise self._nothing(None)
-        rounds = repair.search(
-            self.items, limits, self.record.costs.minimize, lambda a: self._verified(a, limits)
-        )
-        self.record.rounds += [r for r in rounds if r not in self.record.rounds]
-        if (found := repair.best(rounds, self.record.costs.minimize)) is not None:
-            return found.assignment
+        rounds = repair.search(self.items, limits, minimize, lambda a: self._verified(a, limits))
+        if (found := repair.best(rounds, minimize)) is not None:
+            return found
         closest = repair.closest(rounds, limits.amounts)
         if not self.asked.keep:
             raise self._nothing(closest)
-        return closest.assignment
+        return closest
+
+    def lowering(self, error: DriftError) -> np.ndarray:
+        """What the lowering added to the drift of a port that is over budget for it, [measures]; infinite
+        where the refusal has another reason."""
+        report = getattr(error, "report", None)
+        if report is None:
+            return np.full(len(self.measures), np.inf)
+        total, passes = (additive.amounts(report.drift[n], self.measures) for n in ("total", "passes"))
+        return np.maximum(0, total - passes)
+
+    def _fastest(self) -> float:
+        """The fewest seconds that the searched can take; 0 where nothing is asked of time."""
+        if not np.isfinite(self.limits.seconds):
+            return 0.0
+        return float(sum(item.costs("time").min() for item in self.items))
 
     def text(self, chosen: Assignment) -> str:
         """The pipeline that does it."""
@@ -147,14 +160,16 @@ class _Search:
     def _verified(self, found: Assignment, limits: Limits) -> Round:
         """What the assignment's passes do to the drift, over what is there anyway."""
         before = next((r for r in self.record.rounds if r.assignment.chosen == found.chosen), None)
-        drift = self.trials.drift(self.text(found)) if before is None else None
-        if drift is None:
-            measured, rest = before.measured, True
-        else:
-            measured = np.maximum(0, additive.amounts(drift, self.measures) - self.record.offset)
-            rest = not budgets.check({n: v for n, v in self.budget.items() if n not in self.measures}, drift)
-        seconds = found.cost("time") <= limits.seconds if np.isfinite(limits.seconds) else True
-        return Round(found, measured, bool((measured <= limits.amounts).all()) and rest and seconds)
+        if before is not None:
+            return replace(before, holds=bool((before.measured <= limits.amounts).all()))
+        drift = self.trials.drift(self.text(found))
+        measured = np.maximum(0, additive.amounts(drift, self.measures) - self.record.offset)
+        others = {name: limit for name, limit in self.budget.items() if name not in self.measures}
+        holds = bool((measured <= limits.amounts).all()) and not budgets.check(others, drift)
+        if np.isfinite(limits.seconds):
+            holds &= found.cost("time") <= limits.seconds
+        self.record.rounds.append(Round(found, measured, holds))
+        return self.record.rounds[-1]
 
     def _fixed(self) -> np.ndarray:
         """The drift of what is not searched for: the user's own cache scheme, format or activations."""
@@ -165,6 +180,13 @@ class _Search:
 
     def _nothing(self, closest: Round | None) -> DriftError:
         """The refusal, which says how close it came."""
+        if (fastest := self._fastest()) > self.limits.seconds:
+            over = latency.shown_time(fastest - self.limits.seconds)
+            what = (
+                f"whatever is chosen, a decode step on {self.spec.name} is {over} above {self.asked.latency}"
+            )
+            hint = "porter estimate shows what a step takes; take a faster target, or a shorter --context"
+            return DriftError("PORT-0634", f"{what} (estimated)", where="--latency", hint=hint)
         if closest is None:
             reached = "what is not searched for alone is over it"
         else:

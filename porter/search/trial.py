@@ -6,6 +6,8 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx_ir as ir
+
 from porter import bundle, decoder, graph
 from porter.calibrate.feeds import Calibration, calibration
 from porter.context import Context
@@ -21,9 +23,10 @@ from porter.target import TargetSpec
 
 @dataclass
 class Trials:
-    """What all trials of a conversion share; calibration feeds are made once, when they are wanted."""
+    """What all trials of a conversion share: `start` is the model after the passes before its weights are
+    cast; calibration feeds are made once, when they are wanted."""
 
-    source: Path
+    start: ir.Model
     spec: TargetSpec
     options: Options
     evidence: Evidence
@@ -32,8 +35,8 @@ class Trials:
 
     def drift(self, text: str) -> Drift:
         """The drift of the model after the pipeline `text` from the fp32 reference. Raises what passes do."""
-        pipeline, model = Pipeline.parse(text), graph.load(self.source)
-        pipeline.run(model, Context(self.spec, self._calibrated(pipeline).feeds, self.options.seed))
+        pipeline = Pipeline.parse(text)
+        model = self.passed(pipeline)
         reference = self.evidence.reference
         with tempfile.TemporaryDirectory(prefix="porter-") as folder:
             path = Path(folder) / bundle.MODEL
@@ -48,6 +51,13 @@ class Trials:
             port.close()
         return found["passes"].total
 
+    def passed(self, pipeline: Pipeline) -> ir.Model:
+        """The model after a pipeline that begins with what `start` is after."""
+        model, begun = self.start.clone(), len(Pipeline.parse(before_weights(self.spec)).passes)
+        rest = Pipeline(pipeline.passes[begun:])
+        rest.run(model, Context(self.spec, self._calibrated(pipeline).feeds, self.options.seed))
+        return model
+
     def _calibrated(self, pipeline: Pipeline) -> Calibration:
         if not any(p.calibrates for p in pipeline.passes):
             return Calibration()
@@ -57,6 +67,11 @@ class Trials:
                 pipeline, self.evidence.reference, asked.calibration, asked.seed, self.feeds
             )
         return self.calibrated
+
+
+def before_weights(spec: TargetSpec) -> str:
+    """The passes of a target's pipeline that come before its weights are cast."""
+    return spec.pipeline.partition("{weights}")[0]
 
 
 def straight(options: Options, text: str) -> Options:

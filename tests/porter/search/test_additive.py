@@ -34,7 +34,8 @@ def test_two_independent_errors_add(measure: str) -> None:
 
 
 @pytest.mark.parametrize(("measure", "value"), [
-    ("kl_mean", 0.02), ("top1", 0.97), ("rms_dp", 0.03), ("ppl_ratio", 1.02), ("sqnr_db", 31.0), ("cosine", 0.99),
+    ("kl_mean", 0.02), ("top1", 0.97), ("rms_dp", 0.03), ("ppl_ratio", 1.02), ("sqnr_db", 31.0),
+    ("cosine", 0.99),
 ])  # fmt: skip
 def test_a_limit_reads_back(measure: str, value: float) -> None:
     limits = additive.limits({measure: value}, (measure,))

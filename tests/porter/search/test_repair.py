@@ -19,9 +19,7 @@ def items(count: int = 12, measures: int = 1) -> list[Item]:
     found = []
     for i in range(count):
         size, slope = int(rng.integers(100, 1000)), rng.lognormal(0, 1, measures)
-        options = [
-            Option(f"{b}", size * b / 8, size * b, tuple((slope * 4.0**-b).tolist())) for b in BITS
-        ]
+        options = [Option(f"{b}", size * b / 8, size * b, tuple((slope * 4.0**-b).tolist())) for b in BITS]
         found.append(Item(f"m{i}", "weight", size, tuple(options)))
     return found
 
@@ -41,8 +39,8 @@ def test_a_sum_that_is_off_by_a_factor_is_repaired(factor: float) -> None:
     best = repair.best(rounds, "bytes")
     assert best is not None
     ideal = repair.assign(made, Limits(limits.amounts / factor), "bytes")
-    # A round is content with CLOSE of the limit, or has corrected it to MARGIN: a tenth of an error that falls
-    # by 4 a bit is 0.08 bits, of 3 or more.
+    # A round is content with CLOSE of the limit, or has corrected it to MARGIN: a tenth of an error that
+    # falls by 4 a bit is 0.08 bits, of 3 or more.
     assert ideal is not None
     assert ideal.cost("bytes") <= best.assignment.cost("bytes") <= 1.05 * ideal.cost("bytes")
 

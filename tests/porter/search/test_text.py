@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from porter.kv.names import parse
-from porter.kv.scheme import Side
 from porter.passes.kv.quantize import QuantizeCache
 from porter.passes.quantize.kquant import KQuant
 from porter.passes.quantize.rtn import RoundToNearest
+
+from porter.kv.names import parse
+from porter.kv.scheme import Side
 from porter.pipeline import Pipeline
 from porter.search import text
 from porter.search.choices import Assignment, Item, Option
@@ -25,7 +26,9 @@ def assigned(*items: Item) -> Assignment:
 
 
 def test_weights_of_one_format_are_one_pass_and_what_stays_is_not_named() -> None:
-    made = text.weights_text(assigned(weight("b", INT4), weight("a", INT4), weight("c", None), weight("d", FP8)))
+    made = text.weights_text(
+        assigned(weight("b", INT4), weight("a", INT4), weight("c", None), weight("d", FP8))
+    )
     pipeline = Pipeline.parse(made)
     assert {(p.format, p.only, p.skip) for p in pipeline.passes} == {
         ("int4-g32", ("a", "b"), ()),
