@@ -58,18 +58,27 @@ class Costs:
         wide = _WIDE[matrix.tensor.dtype]
         linear = Linear(matrix.name, columns, rows, 1, "whole", experts, experts, name or wide,
                         self.activations if name else "", math.ceil(size / experts))  # fmt: skip
+        return self._product(linear)
+
+    def _product(self, linear: Linear) -> float:
         try:
-            work = product(linear, self.spec, self.batch, Stored(wide, "", _KEPT, 1))
+            work = product(linear, self.spec, self.batch, Stored("", "", _KEPT, 1))
         except SpecError:
             return math.inf
         return self.timer(work, self.spec).seconds
 
     def side(self, side: Side, heads: int, size: int) -> tuple[float, float]:
-        """Bytes of a layer's keys (or values) in all rows, and seconds of half the attention over such."""
+        """Bytes of a layer's keys (or values) in all rows, and seconds of half the attention over such, with
+        the products that rotate them there and back."""
         planned = layout.buffers(Scheme(side, side), size, heads, self.context, self.batch)
         held = float(sum(b.nbytes for b in planned if b.name.split("_")[0] == "key"))
         bits = 8 * held / (self.batch * heads * size * self.context)
-        return held, self._attention(bits, heads, size) / 2 if self.model else math.nan
+        if self.model is None:
+            return held, math.nan
+        turned = 2 * self._product(
+            Linear("rotation", size, size, 1, "whole", weights="fp32", stored=4 * size**2)
+        )
+        return held, self._attention(bits, heads, size) / 2 + (turned if side.rotate else 0.0)
 
     def _attention(self, bits: float, heads: int, size: int) -> float:
         assert self.model is not None
