@@ -61,6 +61,20 @@ Budget = Annotated[
 CacheTokens = Annotated[
     int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
 ]
+Weights = Annotated[
+    str, typer.Option(help="Weight format, as int4-g32; auto: the cheapest of each weight in the budget.")
+]
+Method = Annotated[
+    str, typer.Option(help="How weights are cast to it: a pass quantize.METHOD. Default: rtn.")
+]
+Scheme = Annotated[
+    str, typer.Option(help="KV-cache scheme, as kivi2, with options: 'kivi2 recent=64'; or auto.")
+]
+Minimize = Annotated[str, typer.Option(help="What auto makes small: bytes (default), time, dollars.")]
+Latency = Annotated[
+    str, typer.Option(help="How long a decode step may take by the estimate, as 100ms; else exit code 3.")
+]
+Keep = Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")]
 MaxMemory = Annotated[
     str, typer.Option(help="Memory that it may take, as 4GiB; refused at once when that is too little.")
 ]
@@ -146,21 +160,21 @@ def convert(
     model: Annotated[Path, typer.Argument(help="An ONNX file.")],
     output: Out,
     target: Target = "host",
-    weights: Annotated[str, typer.Option(help="Weight format, as int4-g32.")] = "",
-    method: Annotated[
-        str, typer.Option(help="How weights are cast to it: a pass quantize.METHOD. Default: rtn.")
-    ] = "",
+    weights: Weights = "",
+    method: Method = "",
     activations: Annotated[str, typer.Option(help="Format that linear layers multiply in, as int8.")] = "",
     form: Form = "onnx",
-    kv: Annotated[str, typer.Option(help="KV-cache scheme, as kivi2, with options: 'kivi2 recent=64'.")] = "",
+    kv: Scheme = "",
     pipeline: Annotated[str, typer.Option(help="Passes to run instead of the target's own.")] = "",
     budget: Budget = "",
+    minimize: Minimize = "",
+    latency: Latency = "",
     data: Data = "",
     seed: Seed = 0,
     context: CacheTokens = 0,
     decode: DecodeSteps = 0,
     calibration: Calibration = "",
-    keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")] = False,
+    keep: Keep = False,
     max_memory: MaxMemory = "",
     json_: Json = False,
 ) -> None:
@@ -179,6 +193,8 @@ def convert(
             form=form,
             pipeline=pipeline,
             budget=budget,
+            minimize=minimize,
+            latency=latency,
             data=data,
             seed=seed,
             context=context,
@@ -199,8 +215,7 @@ def convert(
     _answer(report.to_dict(), json_, lambda: print_report(report))
     if not report.ok:
         raise over_budget(report)
-    if not json_:
-        print(f"bundle: {output}\nreport: {output / 'report.html'}")
+    print(f"bundle: {output}\nreport: {output / 'report.html'}", file=sys.stderr if json_ else sys.stdout)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,12 @@ from porter.drift.measure import tokenizer_files
 from porter.errors import DriftError
 from porter.estimate import lowered
 from porter.evidence import Port, gather, measured, standard
-from porter.options import Options, Progress, pipeline_text, single_tokens
+from porter.options import Options, Progress, pipeline_text, searched, single_tokens
 from porter.pipeline import Pipeline, Step
 from porter.report import html, junit
 from porter.report import memory as figures
 from porter.report.report import DriftReport, Figure, Stage
+from porter.search import latency
 from porter.target import TargetSpec
 from porter.weights import select
 from porter.weights.base import WeightPass
@@ -43,9 +44,19 @@ MAX_CONTEXT = 4096  # cached tokens, where the model allows more and --context d
 def convert(source: Path, out: Path, options: Options) -> DriftReport:
     """Port `source` and write the bundle `out`; the report says what the passes and the lowering cost.
 
-    Past a budget, raises DriftError PORT-0605 with the `report` on it, and leaves no bundle (unless
+    Formats that are `auto` are searched for first (`porter.search`). Past a budget, raises DriftError
+    PORT-0605 with the `report` on it, past a latency PORT-0634, and leaves no bundle (unless
     `options.keep`). Other failures are PorterErrors of the step they happen in, and leave nothing either.
     """
+    if searched(options):
+        from porter.search.search import convert as search
+
+        return search(source, out, options, _straight)
+    return _straight(source, out, options, {})
+
+
+def _straight(source: Path, out: Path, options: Options, search: Mapping[str, Any]) -> DriftReport:
+    """The straight path; `search` is what a search says of how it came to these options."""
     started, limit = time.perf_counter(), memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
@@ -74,6 +85,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
+            deadline = latency.held(model, spec, str(pipeline), ported, options)
             made, times = _lower(standard(model), options.target, folder, ported, progress)
             port = Port(source, model, ported, folder, trail, steps, _exactly(model, spec, ported))
             found = measured(evidence, feeds, port, progress)
@@ -95,6 +107,8 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 memory=figures.of(source, model, made, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
+                search=search,
+                **deadline,
                 calibration=calibrated.facts,
                 repeat=options.repeat,
                 versions=facts["versions"],
@@ -142,7 +156,8 @@ def run_passes(
 def over_budget(report: DriftReport) -> DriftError:
     """The refusal, with the report on it."""
     what = "; ".join(str(v) for v in report.violations)
-    error = DriftError("PORT-0605", f"the lowered program is over budget: {what}",
+    slow = all(v.measure == "latency_s" for v in report.violations)
+    error = DriftError("PORT-0634" if slow else "PORT-0605", f"the lowered program is over budget: {what}",
                        hint="--keep writes the bundle all the same")  # fmt: skip
     error.report = report  # type: ignore[attr-defined]
     return error

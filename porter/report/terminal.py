@@ -27,6 +27,7 @@ from porter.report.words import (
     measured,
     ratio,
     recomputed,
+    searched,
     shown,
     title,
     value,
@@ -73,6 +74,8 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         yield Text(
             f" nearly {clean(miss.rule)}, {miss.count} times: {clean(miss.reason)} at {clean(miss.node)}"
         )
+    for line in searched(report):
+        yield Text(f" {line}")
     for placed in report.placement:
         yield Text(f" {clean(str(placed))}")
     if report.memory or report.seconds:
