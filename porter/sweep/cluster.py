@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import tempfile
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,8 @@ class Cluster:
     def __init__(self, address: str, size: int, function: Function) -> None:
         self._ray, self._running = _ray(), {}
         self._held = contextlib.ExitStack()  # what lasts as long as the cluster
+        # A thread of Ray's prints there what becomes of workers, and nothing turns it off.
+        self._held.enter_context(contextlib.redirect_stdout(sys.stderr))
         before = signal.getsignal(signal.SIGTERM)
         try:
             self._connect(address, size)

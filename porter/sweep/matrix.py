@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import shlex
@@ -101,6 +102,12 @@ def cells(matrix: Matrix, options: Options, shared: Shared) -> list[Cell]:
     return found
 
 
+@functools.cache
+def _parsed(text: str) -> Pipeline:
+    """The passes of a pipeline; targets share most of them, and finding a pass takes milliseconds."""
+    return Pipeline.parse(text)
+
+
 def _cell(name: str, weights: str, kv: str, activations: str, options: Options, shared: Shared) -> Cell:
     spec = target.load(name)
     asked = {
@@ -114,7 +121,7 @@ def _cell(name: str, weights: str, kv: str, activations: str, options: Options, 
         "seed": options.seed,
     }
     try:
-        pipeline = Pipeline.parse(conversion.pipeline_text(spec, conversion.Options(**asked)))
+        pipeline = _parsed(conversion.pipeline_text(spec, conversion.Options(**asked)))
     except PorterError as refused:
         return Cell(spec.name, weights, kv, activations, refused=refused)
     if any(p.calibrates for p in pipeline.passes):

@@ -17,7 +17,7 @@ T = "a test"
 scope = "chip"
 managed = "hardware"
 size = { value = "64 GB", published = "T" }
-bandwidth = { value = "40 GB/s", published = "T" }
+bandwidth = { value = "4 MB/s", published = "T" }
 [memory.registers]
 scope = "core"
 managed = "software"
@@ -36,6 +36,12 @@ accumulator = { value = "fp32", published = "T" }
 rate = { value = "1 TFLOP/s", published = "T" }
 step = { value = [4, 4, 4], published = "T" }
 accumulator = { value = "fp32", published = "T" }
+[numerics]
+rounding = { value = "nearest-even", published = "T" }
+saturates = { value = true, published = "T" }
+subnormals = { value = "keep", published = "T" }
+[numerics.widened]
+int = { value = "bf16", published = "T" }
 [price]
 per-hour = { value = "%s USD/h", published = "T" }
 terms = "on-demand"

@@ -111,6 +111,6 @@ def test_calibration_goes_to_those_that_look_at_it(tmp_path: Path) -> None:
 def test_the_command_of_one_cell_is_given() -> None:
     cell: Cell = cells(Matrix(("host",), ("int8",), ("kivi2 recent=64",)), Options(seed=3), SHARED)[0]
     assert cell.task["repeat"] == (
-        "porter convert model.onnx --target host --weights int8 --kv 'kivi2 recent=64' --data texts.json --seed 3 "
-        "-o BUNDLE"
+        "porter convert model.onnx --target host --weights int8 --kv 'kivi2 recent=64' --data texts.json"
+        " --seed 3 -o BUNDLE"
     )

@@ -44,8 +44,16 @@ def test_within_budget_most_tokens_for_a_dollar_first() -> None:
         found = {"status": status, "error": {"code": "PORT-0999", "what": ""}, "seconds": 0.0}
         rows.insert(0, row(Cell(status, "fp32", "fp32", "fp32"), found, reused=False, budget=budget))
     assert names(rows) == [
-        "cheap", "dear", "fast, no price", "slow, no price", "no room", "cheap but over", "over", "refused", "failed",
-    ]  # fmt: skip
+        "cheap",
+        "dear",
+        "fast, no price",
+        "slow, no price",
+        "no room",
+        "cheap but over",
+        "over",
+        "refused",
+        "failed",
+    ]
     by_name = {r.cell.target: r for r in ordered(rows)}
     assert by_name["cheap"].tokens_per_usd == 2e6
     assert by_name["no room"].tokens_per_s is None
