@@ -324,46 +324,45 @@ def estimate(
     _answer([e.to_dict() for e in found.estimates], json_, table)
 
 
+Sheet = Annotated[
+    Path, typer.Option("-o", "--output", help="Folder of the results; finished cells are used.")
+]
+Targets = Annotated[str, typer.Option(help="Targets with commas between: names, paths of a .toml, or 'all'.")]
+Workers = Annotated[int, typer.Option(min=0, help="Cells at a time (0: one a core).")]
+Tokens = Annotated[
+    int, typer.Option(min=0, help="Tokens that a cache holds; a step is timed at them (0: the model's own).")
+]
+Kept = Annotated[
+    str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when no cell keeps it.")
+]
+
+
 @app.command()
 def sweep(
     model: Annotated[Path, typer.Argument(help="An ONNX file.")],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder of the results; finished cells in it are used.")
-    ],
-    targets: Annotated[
-        str, typer.Option(help="Targets with commas between: names, paths of a .toml, or 'all'.")
-    ],
+    output: Sheet,
+    targets: Targets,
     weights: Annotated[str, typer.Option(help="Weight formats with commas between.")] = "fp32",
     kv: Annotated[str, typer.Option(help="KV-cache schemes with commas between.")] = "fp32",
     activations: Annotated[str, typer.Option(help="Formats that linear layers multiply in.")] = "fp32",
-    method: Annotated[
-        str, typer.Option(help="How weights are cast: a pass quantize.METHOD. Default: rtn.")
-    ] = "",
-    budget: Annotated[
-        str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when no cell keeps it.")
-    ] = "",
+    method: Annotated[str, typer.Option(help="How weights are cast: a pass quantize.METHOD.")] = "",
+    budget: Kept = "",
     data: Data = "",
     calibration: Calibration = "",
     seed: Seed = 0,
-    context: Annotated[
-        int,
-        typer.Option(min=0, help="Tokens that a cache holds, a step is timed at them (0: the model's own)."),
-    ] = 0,
+    context: Tokens = 0,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, for the estimate.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Rows, for the estimate.")] = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the bundles.")] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Cells at a time (0: one a core).")] = 0,
-    ray: Annotated[
-        str, typer.Option(help="Address of a Ray cluster, or 'local' for one on this machine.")
-    ] = "",
+    workers: Workers = 0,
+    ray: Annotated[str, typer.Option(help="Address of a Ray cluster; 'local': one on this machine.")] = "",
     json_: Json = False,
 ) -> None:
     """Port a model to many targets in many formats: drift, bytes and tokens for a dollar side by side."""
-    from porter.report.words import clean
+    from porter.sweep import swept
     from porter.sweep.matrix import Matrix, Options
     from porter.sweep.sweep import sweep as run
-    from porter.sweep.swept import COLUMNS
-    from porter.terminal import Stages, print_rows
+    from porter.terminal import Stages
 
     matrix = Matrix.of(targets=targets, weights=weights, kv=kv, activations=activations)
     with Stages(quiet=json_) as stages:
@@ -383,16 +382,11 @@ def sweep(
             progress=lambda fraction, note: stages.update("sweep", fraction, note),
         )
         try:
-            swept = run(model, output, matrix, options)
+            found = run(model, output, matrix, options)
         except Interrupted as interrupted:
             raise Interrupted(interrupted.args[0], f"finished cells are kept in {output}") from None
-
-    def table() -> None:
-        print_rows(swept.table(), COLUMNS, least=100)
-        print(*map(clean, swept.lines()), sep="\n")
-
-    _answer(swept.to_dict(), json_, table)
-    if (failure := swept.failure()) is not None:
+    _answer(found.to_dict(), json_, lambda: swept.show(found))
+    if (failure := found.failure()) is not None:
         raise failure
 
 

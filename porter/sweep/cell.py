@@ -10,13 +10,13 @@ from typing import Any
 
 from porter import bundle, target
 from porter.bundle import Bundle
-from porter.convert import convert, versions
+from porter.convert import convert
 from porter.errors import EnvironmentFailure, PorterError
 from porter.estimate import Options as Asked
 from porter.estimate import compare
 from porter.options import Options
 from porter.report.report import DriftReport
-from porter.sweep.shared import file_digest
+from porter.sweep.shared import file_digest, made_by
 from porter.sweep.store import digest
 from porter.sweep.work import said
 
@@ -61,7 +61,7 @@ def _check_the_same(task: dict[str, Any]) -> None:
     """Refuse to answer for files or a porter other than those that the cell is named after: they may have
     changed since the sweep began, or be others on this machine."""
     inputs, options = task["inputs"], task["options"]
-    if versions() != inputs["versions"]:
+    if made_by() != inputs["versions"]:
         raise _another("porter, or a package that it needs,")
     if digest(target.load(options["target"]).to_dict()) != inputs["target"]:
         raise _another("the target's file")

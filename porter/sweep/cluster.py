@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ from porter.sweep.work import Function, Task, cores, environment, threads
 LOCAL = "local"
 # Ray takes a third of the memory for objects; ours are a few kilobytes. It wants at least 75 MiB.
 OBJECTS = 80 << 20
+POLL = 0.2  # seconds between two looks for a signal
 
 
 class Cluster:
@@ -33,16 +35,16 @@ class Cluster:
         self._held = contextlib.ExitStack()  # what lasts as long as the cluster
         # A thread of Ray's prints there what becomes of workers, and nothing turns it off.
         self._held.enter_context(contextlib.redirect_stdout(sys.stderr))
-        before = signal.getsignal(signal.SIGTERM)
+        self._noted: list[int] = []
+        self._handlers = {n: signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._connect(address, size)
+            self._note_signals()
         except BaseException as error:
             self.close()
             if not isinstance(error, Exception):
                 raise
             raise _unreachable(address, error) from error
-        finally:
-            signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place
         self.size = size or int(self._ray.cluster_resources().get("CPU", 0))
         if not self.size:
             self.close()
@@ -67,13 +69,24 @@ class Cluster:
             **quiet,
         )
 
+    def _note_signals(self) -> None:
+        """What a handler raises inside Ray's own code is lost there, so they are called between its calls;
+        and Ray has put one of its own in SIGTERM's place."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self._handlers:
+                signal.signal(number, lambda number, frame: self._noted.append(number))
+
     def start(self, task: Task) -> None:
         """See `Pool`."""
         self._running[self._remote.remote(task)] = task
 
     def wait(self) -> list[tuple[Task, dict[str, Any] | None]]:
         """See `Pool`. Raises EnvironmentFailure PORT-0646 when the cluster cannot run porter, or is gone."""
-        ready, _ = self._ray.wait([*self._running])
+        ready: list[Any] = []
+        while not ready:
+            ready, _ = self._ray.wait([*self._running], timeout=POLL)
+            for number in self._noted:
+                _raise(self._handlers[number], number)
         return [(self._running.pop(reference), self._result(reference)) for reference in ready]
 
     def _result(self, reference: Any) -> dict[str, Any] | None:
@@ -93,6 +106,17 @@ class Cluster:
         self._running.clear()
         self._ray.shutdown()
         self._held.close()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+
+
+def _raise(handler: Any, number: int) -> None:
+    """Do what the handler of a signal would have done when it came."""
+    if callable(handler):
+        handler(number, None)
+    elif handler == signal.SIG_DFL:
+        raise KeyboardInterrupt
 
 
 def _ray() -> ModuleType:

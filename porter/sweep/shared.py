@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from porter import graph
+import porter
+from porter import graph, passes
 from porter.convert import versions
 from porter.drift.feeds import TokenFeeds
 from porter.drift.measure import RANDOM, SINGLE, Runnable, feeds_for
@@ -44,7 +46,7 @@ def share(source: Path, data: str, calibration: str, seed: int, store: Store) ->
 
     Raises what reading the model and the data does, and OptionError PORT-0807 for tokens that it has not.
     """
-    source, sha256, found = source.absolute(), graph.digest(source), versions()
+    source, sha256, found = source.absolute(), graph.digest(source), made_by()
     model = graph.load(source)
     graph.check_finite(model)
     evidence = gather(source, model, Options(data=data, seed=seed), 0, SINGLE)
@@ -85,6 +87,18 @@ def _calibration_digest(name: str) -> str:
         return file_digest(Path(name))
     except OSError as error:
         raise OptionError("PORT-0804", f"cannot read the feeds: {error.strerror}", where=name) from error
+
+
+@functools.cache
+def made_by() -> dict[str, str]:
+    """The versions of porter and of what it needs, and the sha256 of its code and passes: between two
+    releases they change under one version."""
+    found = hashlib.sha256()
+    for package in (porter, passes):
+        folder = Path(package.__path__[0])
+        for file in sorted(folder.rglob("*.py")):
+            found.update(f"{file.relative_to(folder)} {file_digest(file)}\n".encode())
+    return {**versions(), "code": found.hexdigest()}
 
 
 def file_digest(path: Path) -> str:

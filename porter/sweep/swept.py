@@ -12,13 +12,16 @@ from typing import Any
 from porter.errors import DriftError, EnvironmentFailure, PorterError
 from porter.memory import shown
 from porter.report.report import plain
+from porter.report.words import clean
 from porter.sweep.matrix import WIDE, Matrix, Options
 from porter.sweep.rows import Row
 from porter.sweep.shared import Shared
 from porter.sweep.store import Store
+from porter.terminal import print_rows
 
 SCHEMA = "porter.sweep/1"
 COLUMNS = ("name", "weights", "KV", "KL", "top-1", "W", "cache", "tok/s", "Mtok/$", "budget")
+WIDTH = 100  # characters of the table where nobody looks
 STATUSES = ("done", "refused", "failed")
 
 
@@ -105,6 +108,12 @@ class Swept:
         found += [f"{text} [{_few(where)}]" for text, where in why.items()]
         again = sum(r.reused for r in self.rows)
         return [*found, f"{len(self.rows)} cells, {again} of them from before, in {self.seconds:.0f} s"]
+
+
+def show(swept: Swept) -> None:
+    """The table and what stands under it, on stdout."""
+    print_rows(swept.table(), COLUMNS, least=WIDTH)
+    print(*map(clean, swept.lines()), sep="\n")
 
 
 def _few(names: Sequence[str]) -> str:

@@ -148,7 +148,7 @@ def test_bundles_are_kept_and_a_budget_that_none_keeps_is_exit_code_3(
 
 
 def test_a_model_that_changes_meanwhile_is_noticed(told, monkeypatch) -> None:
-    monkeypatch.setattr("porter.sweep.shared.versions", lambda: {"porter": "another"})
+    monkeypatch.setattr("porter.sweep.shared.made_by", lambda: {"porter": "another"})
     swept = told(sweeping.real_but_dies_once, targets="a", weights="fp32", workers=1)
     assert [(r.status, r.found["error"]["code"]) for r in swept.rows] == [("failed", "PORT-0644")]
 
