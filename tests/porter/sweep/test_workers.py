@@ -97,8 +97,19 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_end_in_the_middle_keeps_finished_cells_and_leaves_no_process(told, place: Path, how: int) -> None:
+@pytest.mark.parametrize(
+    ("how", "more"),
+    [
+        (signal.SIGINT, []),
+        (signal.SIGTERM, []),
+        (signal.SIGKILL, []),
+        pytest.param(signal.SIGINT, ["--ray", "local"], marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, ["--ray", "local"], marks=pytest.mark.long),
+    ],
+)
+def test_an_end_in_the_middle_keeps_finished_cells_and_leaves_no_process(
+    told, place: Path, how: int, more: list[str]
+) -> None:
     program = place / "program.py"
     program.write_text(PROGRAM)
     axes = ["--targets", str(place / "a.toml"), "--weights", "fp32,bf16,int8", "--kv", "fp32,fp16"]
@@ -112,6 +123,7 @@ def test_an_end_in_the_middle_keeps_finished_cells_and_leaves_no_process(told, p
         place / "out",
         "--workers",
         "2",
+        *more,
     ]
     path = f"{SUPPORT}{os.pathsep}{ROOT}"
     environment = {**os.environ, "PYTHONPATH": path}
