@@ -90,10 +90,13 @@ def _estimate(out: Path, task: dict[str, Any]) -> Found:
     """What `porter estimate` says of the bundle, or why it says nothing."""
     name = task["options"]["target"]
     try:
-        found = compare.compare(compare.load_model(out, None), name, Asked(**task["inputs"]["estimate"]))
+        model, lowered = compare.load_model(out, None), compare.load_lowered(out)
+        found = compare.compare(model, name, Asked(**task["inputs"]["estimate"]), lowered)
     except PorterError as error:
         return {"estimate": None, "no_estimate": said(error)}
-    return {"estimate": found.estimates[0].to_dict(), "no_estimate": None}
+    entry = found.estimates[0].to_dict()
+    entry.pop("program", None)  # kernel by kernel; a record is small
+    return {"estimate": entry, "no_estimate": None}
 
 
 def _move(made: Path, to: Path) -> None:
