@@ -95,7 +95,7 @@ def _estimate(out: Path, task: dict[str, Any]) -> Found:
     except PorterError as error:
         return {"estimate": None, "no_estimate": said(error)}
     entry = found.estimates[0].to_dict()
-    entry.pop("program", None)  # kernel by kernel; a record is small
+    entry["program"] = None  # kernel by kernel; a record is small
     return {"estimate": entry, "no_estimate": None}
 
 
