@@ -112,7 +112,8 @@ def _main() -> None:
         print(f"porter: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Interrupted as interrupted:
-        print("porter: interrupted; nothing was written", file=sys.stderr)
+        kept = interrupted.args[1] if len(interrupted.args) > 1 else "nothing was written"
+        print(f"porter: interrupted; {kept}", file=sys.stderr)
         sys.exit(128 + interrupted.args[0])
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -379,6 +380,72 @@ def estimate(
         print(*map(clean, compare.lines(found)), sep="\n")
 
     _answer([e.to_dict() for e in found.estimates], json_, table)
+
+
+Sheet = Annotated[
+    Path, typer.Option("-o", "--output", help="Folder of the results; finished cells are used.")
+]
+Targets = Annotated[str, typer.Option(help="Targets with commas between: names, paths of a .toml, or 'all'.")]
+Workers = Annotated[int, typer.Option(min=0, help="Cells at a time (0: one a core).")]
+Tokens = Annotated[
+    int, typer.Option(min=0, help="Tokens that a cache holds; a step is timed at them (0: the model's own).")
+]
+Kept = Annotated[
+    str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when no cell keeps it.")
+]
+
+
+@app.command()
+def sweep(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    output: Sheet,
+    targets: Targets,
+    weights: Annotated[str, typer.Option(help="Weight formats with commas between.")] = "fp32",
+    kv: Annotated[str, typer.Option(help="KV-cache schemes with commas between.")] = "fp32",
+    activations: Annotated[str, typer.Option(help="Formats that linear layers multiply in.")] = "fp32",
+    method: Annotated[str, typer.Option(help="How weights are cast: a pass quantize.METHOD.")] = "",
+    budget: Kept = "",
+    data: Data = "",
+    calibration: Calibration = "",
+    seed: Seed = 0,
+    context: Tokens = 0,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, for the estimate.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Rows, for the estimate.")] = 1,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the bundles.")] = False,
+    workers: Workers = 0,
+    ray: Annotated[str, typer.Option(help="Address of a Ray cluster; 'local': one on this machine.")] = "",
+    json_: Json = False,
+) -> None:
+    """Port a model to many targets in many formats: drift, bytes and tokens for a dollar side by side."""
+    from porter.sweep import swept
+    from porter.sweep.matrix import Matrix, Options
+    from porter.sweep.sweep import sweep as run
+    from porter.terminal import Stages
+
+    matrix = Matrix.of(targets=targets, weights=weights, kv=kv, activations=activations)
+    with Stages(quiet=json_) as stages:
+        options = Options(
+            method=method,
+            budget=budget,
+            data=data,
+            calibration=calibration,
+            seed=seed,
+            context=context,
+            prompt=prompt,
+            batch=batch,
+            keep=keep,
+            workers=workers,
+            ray=ray,
+            repeat=_command(),
+            progress=lambda fraction, note: stages.update("sweep", fraction, note),
+        )
+        try:
+            found = run(model, output, matrix, options)
+        except Interrupted as interrupted:
+            raise Interrupted(interrupted.args[0], f"finished cells are kept in {output}") from None
+    _answer(found.to_dict(), json_, lambda: swept.show(found))
+    if (failure := found.failure()) is not None:
+        raise failure
 
 
 @app.command()

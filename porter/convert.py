@@ -223,10 +223,11 @@ def _facts(source: Path, spec: TargetSpec, pipeline: Pipeline, options: Options)
         "pipeline": str(pipeline),
         "seed": options.seed,
         "machine": platform.machine(),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of porter and of the packages that a port depends on."""
     packages = ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript")
     return {"porter": __version__, **{p: importlib.metadata.version(p) for p in packages}}
