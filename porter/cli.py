@@ -324,8 +324,12 @@ def explain(
 def estimate(
     model: Annotated[Path | None, typer.Argument(help="An ONNX decoder or a bundle.")] = None,
     target: Annotated[
-        str, typer.Option(help="Targets with commas between: names, paths of a .toml, or 'all'.")
-    ] = "all",
+        str,
+        typer.Option(
+            help="Targets with commas between: names, paths of a .toml, or 'all'. Default: that of a bundle "
+            "for a chip of family tile, else all."
+        ),
+    ] = "",
     config: Annotated[
         Path | None,
         typer.Option(help="A Hugging Face config.json instead of a model; no weights are needed."),
@@ -334,8 +338,15 @@ def estimate(
     activations: Annotated[str, typer.Option(help="Format that linear layers multiply in, as fp8.")] = "",
     kv: Annotated[str, typer.Option(help="KV-cache scheme. Default: what the model has, else fp16.")] = "",
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
-    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step is timed.")] = 4096,
+    prompt: Annotated[
+        int, typer.Option(min=0, help="Tokens of a prompt (0: 512, or as many as the model takes).")
+    ] = 0,
+    context: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Tokens in the cache when a step is timed (0: 4096, or as many as the model takes)."
+        ),
+    ] = 0,
     tp: Annotated[int, typer.Option(min=1, help="Chips that share each matrix.")] = 1,
     json_: Json = False,
 ) -> None:
@@ -345,10 +356,11 @@ def estimate(
     from porter.terminal import print_rows
 
     options = Options(weights, activations, kv, batch, prompt, context, tp)
-    found = compare.compare(compare.load_model(model, config), target, options)
+    lowered = compare.load_lowered(model)
+    found = compare.compare(compare.load_model(model, config), target, options, lowered)
 
     def table() -> None:
-        print_rows([compare.row(e) for e in found.estimates], compare.COLUMNS)
+        print_rows(compare.rows(found), compare.COLUMNS)
         print(*map(clean, compare.lines(found)), sep="\n")
 
     _answer([e.to_dict() for e in found.estimates], json_, table)

@@ -21,6 +21,7 @@ from porter.drift import budget as budgets
 from porter.drift.attribution import Trail
 from porter.drift.measure import tokenizer_files
 from porter.errors import DriftError
+from porter.estimate import lowered
 from porter.evidence import Port, gather, measured, standard
 from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
@@ -54,16 +55,15 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
         progress("load", 0.0)
         model = graph.load(source)
         evidence = gather(source, model, options, limit, single_tokens(pipeline, options))
-        reference = evidence.reference
         with bundle.writing(out) as folder:
             graph.check_finite(model)
             _copy_tokenizer(source, folder)
             progress("feeds", 0.0)
             feeds = evidence.texts(options)
-            reference.runner  # noqa: B018 (a model that cannot be run is refused before any work)
-            calibrated = calibration(pipeline, reference, options.calibration, options.seed, feeds)
-            if reference.whole:
-                reference.close()
+            evidence.reference.runner  # noqa: B018 (a model that cannot be run is refused before any work)
+            calibrated = calibration(pipeline, evidence.reference, options.calibration, options.seed, feeds)
+            if evidence.reference.whole:
+                evidence.reference.close()
             progress("passes", 0.0)
             trail = Trail(pipeline, folder / ".trail", evidence.unattributed)
             steps = run_passes(
@@ -73,7 +73,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
-            lowered = _lower(standard(model), spec, folder, ported, progress)
+            made, times = _lower(standard(model), options.target, folder, ported, progress)
             port = Port(source, model, ported, folder, trail, steps, _exactly(model, spec, ported))
             found = measured(evidence, feeds, port, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
@@ -88,9 +88,10 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
                 kinds=_kinds(spec, executed=found.executed),
-                placement=lowered.placement,
+                placement=made.placement,
+                estimate=times,
                 **found.told(),
-                memory=figures.of(source, model, lowered, ported, evidence.plan, watch),
+                memory=figures.of(source, model, made, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
                 calibration=calibrated.facts,
@@ -147,21 +148,28 @@ def over_budget(report: DriftReport) -> DriftError:
 
 
 def _lower(
-    model: ir.Model, spec: TargetSpec, folder: Path, ported: decoder.Decoder, progress: Progress
-) -> Plan:
-    """Lower the model as saved, so that weights are mapped from the bundle and not computed again."""
+    model: ir.Model, name: str, folder: Path, ported: decoder.Decoder, progress: Progress
+) -> tuple[Plan, dict[str, Any] | None]:
+    """Lower the model as saved, so that weights are mapped from the bundle and not computed again.
+
+    Of family tile also what the scheduled program takes, simulated; the target's file stays with it.
+    """
     progress("lower", 0.0)
     from porter.lower.lower import lower
 
-    return lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
+    spec = target.load(name)
+    made = lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
+    if spec.family != "tile":
+        return made, None
+    (folder / lowered.TARGET).write_bytes(target.text(name))
+    return made, lowered.Lowered.read(folder, ported).report()
 
 
 def _exactly(model: ir.Model, spec: TargetSpec, ported: decoder.Decoder) -> Callable[[Path], object] | None:
     """What lowers the model for a host that computes in float32; None where the target is one."""
-    host = target.load("host")
-    if spec.family == host.family:
+    if spec.family == "host":
         return None
-    return lambda folder: _lower(standard(model), host, folder, ported, lambda stage, fraction: None)
+    return lambda folder: _lower(standard(model), "host", folder, ported, lambda stage, fraction: None)
 
 
 def _bounds(model: ir.Model, ported: decoder.Decoder) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from porter.report import depth, planned, timeline, waterfall, words
+from porter.report import depth, planned, timeline, times, waterfall, words
 from porter.report.chart import chart
 from porter.report.report import DriftReport
 
@@ -48,6 +48,8 @@ def to_html(report: DriftReport, plan: Mapping[str, Any] | None = None) -> str:
             lengths=words.by_length(report),
             heat=words.heat(report),
             worst=words.worst(report),
+            times=list(times.rows(report.estimate or {})),
+            untold=times.notes(report.estimate or {}),
             nodes=sorted(report.nodes, key=_worst)[:20],
         )
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from porter.drift.attribution import Attribution
+from porter.report import times
 from porter.report.baseline import Against
 from porter.report.report import DriftReport
 from porter.report.words import (
@@ -73,8 +75,11 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         )
     for placed in report.placement:
         yield Text(f" {clean(str(placed))}")
-    if report.memory or report.seconds or report.estimate:
+    if report.memory or report.seconds:
         yield _figures(report)
+    if report.estimate:
+        yield _times(report.estimate)
+        yield Text("\n".join(f" {line}" for line in times.notes(report.estimate)))
     yield Text(verdict(report), style="bold green" if report.ok and report.budget else _warn(report))
 
 
@@ -176,8 +181,14 @@ def _figures(report: DriftReport) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_header=False)
     for name, figure in {**report.memory, **report.seconds}.items():
         table.add_row(Text(clean(name)), amount(figure.value, figure.unit), figure.kind)
-    kind = clean((report.estimate or {}).get("kind", "estimated"))
-    for name, item in (report.estimate or {}).items():
-        if isinstance(item, int | float) and not isinstance(item, bool):
-            table.add_row(Text(clean(name)), value(float(item)), kind)
+    return table
+
+
+def _times(estimate: Mapping[str, Any]) -> Table:
+    """What prefill and decode steps take on the target."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in times.headings(estimate):
+        table.add_column(Text(heading), justify="right" if table.columns else "left")
+    for row in times.rows(estimate):
+        table.add_row(*map(Text, row))
     return table

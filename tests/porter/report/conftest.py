@@ -60,14 +60,6 @@ def heads():
     ]
 
 
-def kernels(*times):
-    bounds = ("bandwidth of hbm", "latency", "matrix", "vector", "dma")
-    return [
-        {"name": f"kernel_{i}", "kind": "simulated", "seconds": t, "calls": i + 1, "bound_by": bounds[i % 5]}
-        for i, t in enumerate(times)
-    ]
-
-
 NODES = [
     {
         "name": "layers.3.mlp.down_proj",
@@ -78,6 +70,50 @@ NODES = [
     | {"sqnr_local_db": 21.2, "sqnr_db": 19.9},
     {"name": "lm_head", "op": "MatMul", "sqnr_local_db": None, "sqnr_db": 41.0},
 ]
+
+
+BOUNDS = ("bandwidth of hbm", "latency", "matrix", "vector", "dma")
+
+
+def step(tokens, *times):
+    """A step of kernels that take so long, the first called once, the second twice …"""
+    levels = [{"level": "hbm", "read_bytes": 900, "written_bytes": 20}]
+    unit = {"unit": "matrix", "operations": 2, "busy_s": 1e-6, "utilisation": 0.1}
+    kernel = {
+        "kind": "simulated",
+        "seconds": 1e-5,
+        "cycles": 1e4,
+        "cores": 4,
+        "bound_by": "latency",
+        "flop": 9,
+    }
+    kernels = [
+        kernel
+        | {"name": f"kernel_{i}", "units": [unit], "levels": levels, "calls": i + 1}
+        | {"seconds": seconds, "bound_by": BOUNDS[i % 5]}
+        for i, seconds in enumerate(times)
+    ]
+    return {
+        "batch": 1,
+        "tokens": tokens,
+        "context": 512,
+        "tokens_per_s": 47000.0 * tokens,
+        "kind": "simulated",
+        "seconds": 2.127e-5,
+        "cycles": 2e4,
+        "calls": 2,
+        "bound_by": "bandwidth of hbm",
+        "utilisation": {"dma cluster": 0.61, "dma tile": 0.3, "matrix": 0.071, "vector": 0.02},
+        "levels": levels,
+        "kernels": kernels,
+        "not_simulated": [{"name": "counting", "calls": 1, "why": "the control processor's"}],
+    }
+
+
+def simulated():
+    """The times of a bundle's program."""
+    phases = {"prefill": step(512, 1e-4, 3e-4, 2e-5, 5e-6, 9e-4), "decode": step(1, 2e-6, 7e-6, 1e-6)}
+    return {"kind": "simulated", "target": "maia-200", "rows": 8, **phases}
 
 
 def report(**changes):
@@ -118,16 +154,7 @@ def report(**changes):
             "workspace": Figure(2.5e6, "bytes", "estimated"),
         },
         "seconds": {"convert": Figure(3.2, "s", "measured"), "decode step": Figure(2.1e-5, "s", "simulated")},
-        "estimate": {
-            "kind": "simulated",
-            "tokens_per_s": 47000.0,
-            "prefill": {
-                "tokens": 512,
-                "context": 512,
-                "kernels": kernels(1e-4, 3e-4, 2e-5, 5e-6, 9e-4),
-            },
-            "decode": {"tokens": 1, "context": 512, "kernels": kernels(2e-6, 7e-6, 1e-6)},
-        },
+        "estimate": simulated(),
         "budget": {"kl_mean": 0.02, "top1": 0.97},
         "repeat": "porter convert stories260k.onnx --target maia-200 --weights int4 --budget kl=0.02 -o out",
         "versions": {"porter": "0.1.0"},

@@ -40,6 +40,8 @@ def test_every_block_says_how_its_figures_came_about(make_report):
     text = shown(make_report())
     assert text.count("simulated") >= 4  # total, lowering, context, decode step
     assert "47,000" in text
+    assert "decode at 512" in text
+    assert "counting (1)" in text
     lines = [
         line for line in text.splitlines() if any(w in line for w in ("weights ", "convert", "decode step"))
     ]
