@@ -247,8 +247,21 @@ def test_a_plan_of_thousands_of_buffers_is_drawn_by_its_largest(make_plan):
     assert (len(p.blocks), p.left_out) == (800, 200)
 
 
-def test_the_timeline_adds_up(make_report):
-    prefill, decode = timelines(make_report().estimate)
+def kernels(*times):
+    bounds = ("bandwidth of hbm", "latency", "matrix", "vector", "dma")
+    return [
+        {"name": f"kernel_{i}", "kind": "simulated", "seconds": t, "calls": i + 1, "bound_by": bounds[i % 5]}
+        for i, t in enumerate(times)
+    ]
+
+
+def test_the_timeline_adds_up():
+    prefill, decode = timelines(
+        {
+            "prefill": {"tokens": 512, "context": 512, "kernels": kernels(1e-4, 3e-4, 2e-5, 5e-6, 9e-4)},
+            "decode": {"tokens": 1, "context": 512, "kernels": kernels(2e-6, 7e-6, 1e-6)},
+        }
+    )
     assert prefill.total == "5.28 ms"  # 1 x 0.1, 2 x 0.3, 3 x 0.02, 4 x 0.005, 5 x 0.9 ms
     assert decode.title == "decode step at 512 tokens"
     ends = [s.x + s.width for s in prefill.segments]
