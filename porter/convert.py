@@ -66,16 +66,15 @@ def _straight(source: Path, out: Path, options: Options, search: Mapping[str, An
         progress("load", 0.0)
         model = graph.load(source)
         evidence = gather(source, model, options, limit, single_tokens(pipeline, options))
-        reference = evidence.reference
         with bundle.writing(out) as folder:
             graph.check_finite(model)
             _copy_tokenizer(source, folder)
             progress("feeds", 0.0)
             feeds = evidence.texts(options)
-            reference.runner  # noqa: B018 (a model that cannot be run is refused before any work)
-            calibrated = calibration(pipeline, reference, options.calibration, options.seed, feeds)
-            if reference.whole:
-                reference.close()
+            evidence.reference.runner  # noqa: B018 (a model that cannot be run is refused before any work)
+            calibrated = calibration(pipeline, evidence.reference, options.calibration, options.seed, feeds)
+            if evidence.reference.whole:
+                evidence.reference.close()
             progress("passes", 0.0)
             trail = Trail(pipeline, folder / ".trail", evidence.unattributed)
             steps = run_passes(
@@ -102,8 +101,8 @@ def _straight(source: Path, out: Path, options: Options, search: Mapping[str, An
                 kept=kept,
                 kinds=_kinds(spec, executed=found.executed),
                 placement=made.placement,
-                **found.told(),
                 estimate=times,
+                **found.told(),
                 memory=figures.of(source, model, made, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
@@ -183,10 +182,9 @@ def _lower(
 
 def _exactly(model: ir.Model, spec: TargetSpec, ported: decoder.Decoder) -> Callable[[Path], object] | None:
     """What lowers the model for a host that computes in float32; None where the target is one."""
-    host = target.load("host")
-    if spec.family == host.family:
+    if spec.family == "host":
         return None
-    return lambda folder: _lower(standard(model), host.name, folder, ported, lambda stage, fraction: None)
+    return lambda folder: _lower(standard(model), "host", folder, ported, lambda stage, fraction: None)
 
 
 def _bounds(model: ir.Model, ported: decoder.Decoder) -> dict[str, int]:

@@ -49,7 +49,7 @@ def to_html(report: DriftReport, plan: Mapping[str, Any] | None = None) -> str:
             heat=words.heat(report),
             worst=words.worst(report),
             times=list(times.rows(report.estimate or {})),
-            untold=times.notes(report.estimate or {}),
+            untold=[n for n in times.notes(report.estimate or {}) if n.startswith("not simulated")],
             nodes=sorted(report.nodes, key=_worst)[:20],
         )
     )
