@@ -30,6 +30,7 @@ def to_html(report: DriftReport) -> str:
             calibrated=words.calibrated(report),
             kept=words.kept(report),
             recomputed=words.recomputed(report.recomputed),
+            searched=words.searched(report),
             chart=chart(report.context),
             decoded=any(row.get("phase") == "decode" for row in report.context),
             lengths=words.by_length(report),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import tomllib
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from porter.errors import DriftError, OptionError
 from porter.estimate.onnx import of_model
 from porter.options import filled
 from porter.pipeline import Pipeline
+from porter.report import words
+from porter.report.html import to_html
 from porter.report.report import DriftReport
 from porter.search import latency
 from porter.search.costs import Costs
@@ -108,6 +111,11 @@ def test_the_found_pipeline_keeps_the_budget_and_is_plain(
         json.loads(json.dumps(found)), SCHEMA["properties"]["search"] | {"$defs": SCHEMA["$defs"]}
     )
     assert report.ok
+    lines = words.searched(report)
+    assert f"searched {len(found['items'])} places for the fewest bytes" in lines[0]
+    assert "nothing under the limits is cheaper" in lines[0]
+    assert f"promised KL, mean {words.value(found['promised']['kl_mean'])}; measured" in lines[1]
+    assert all(line[1:] in html.unescape(to_html(report)) for line in lines)
 
 
 def test_what_the_lowering_adds_is_taken_from_the_budget(
