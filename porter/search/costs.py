@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from porter.errors import OptionError, SpecError
 from porter.estimate.model import Attention, Linear, Model
-from porter.estimate.timing import Timer, roofline
+from porter.estimate.timing import roofline
 from porter.estimate.work import Step, Stored, Work, kernels, product
 from porter.kv import layout
 from porter.kv.scheme import Scheme, Side
@@ -33,7 +33,6 @@ class Costs:
     context: int
     batch: int = 1
     activations: str = ""
-    timer: Timer = roofline
 
     def __post_init__(self) -> None:
         if self.minimize == "dollars" and self.spec.price is None:
@@ -65,7 +64,7 @@ class Costs:
             work = product(linear, self.spec, self.batch, Stored("", "", _KEPT, 1))
         except SpecError:
             return math.inf
-        return self.timer(work, self.spec).seconds
+        return roofline(work, self.spec).seconds
 
     def side(self, side: Side, heads: int, size: int) -> tuple[float, float]:
         """Bytes of a layer's keys (or values) in all rows, and seconds of half the attention over such, with
@@ -84,14 +83,14 @@ class Costs:
         assert self.model is not None
         one = Attention(1, max(heads, self.model.attention[0].heads), heads, size, size)
         found = self._kernels(replace(self.model, attention=(one,)), bits)
-        return sum(self.timer(w, self.spec).seconds for w in found if w.kernel == "decode-attention")
+        return sum(roofline(w, self.spec).seconds for w in found if w.kernel == "decode-attention")
 
     def rest(self, bits: float | None) -> float:
         """Seconds of a decode step without products; `bits` of a cached number, None: without attention."""
         assert self.model is not None
         found = self._kernels(self.model, bits or _KEPT)
         left_out = {"gemm"} | ({"decode-attention"} if bits is None else set())
-        return sum(w.count * self.timer(w, self.spec).seconds for w in found if w.kernel not in left_out)
+        return sum(w.count * roofline(w, self.spec).seconds for w in found if w.kernel not in left_out)
 
     def _kernels(self, model: Model, bits: float) -> list[Work]:
         wide = Stored("bf16", "", bits, 1)
