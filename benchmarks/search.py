@@ -2,11 +2,11 @@
 
     python benchmarks/search.py MODEL.onnx … [--budgets 0.005,0.02,0.08] [--random 5] [-o search.json]
 
-For each model and each budget of mean KL: the bits a weight that the search needs, as promised and as measured
-after its passes on all feeds (self-written text); the format of its candidates that, given to every weight
-(`skip=`), keeps the budget with the fewest bits; and what other assignments measure that have the same
-bits: options drawn at random for every weight, then exchanged one by one until the bits are within 1 % (or
-0.01 bits). All drift is measured in ONNX Runtime, on the model after its passes; what the lowering adds on
+For each model and each budget of mean KL: the bits a weight that the search needs, and the drift that it
+promised and that was measured after its passes on all feeds (self-written text); the format of its candidates
+that, given to every weight (`skip=`), keeps the budget with the fewest bits; and what other assignments of
+the same bits (within 0.01, or 0.2 %) measure: options drawn at random, then exchanged at random until the
+bits agree. All drift is measured in ONNX Runtime, on the model after its passes; what the lowering adds on
 host is in docs/benchmarks.md. One JSON document on stdout, progress on stderr.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -22,10 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
+from porter.context import Context
 from porter.options import Options
 from porter.search.choices import Assignment
 from porter.search.repair import Limits
 from porter.search.search import Search
+from porter.weights import select
 
 
 def main() -> None:
@@ -66,10 +69,10 @@ def of_model(path: Path, budgets: list[float], count: int) -> dict[str, object]:
         rows.append({
             "budget": budget, "bits": bits, "trials": len(limited.record.rounds), "seconds": solved_s,
             "promised": float(chosen.assignment.promised()[0]), "measured": float(chosen.measured[0]),
-            "first": {"promised": float(first.assignment.promised()[0]), "measured": float(first.measured[0])},
+            "first": [float(first.assignment.promised()[0]), float(first.measured[0])],  # promised, measured
             "optimal": chosen.assignment.cost("bytes") <= chosen.assignment.bound,
             "uniform": min(holding, key=lambda u: u["bits"], default=None),
-            "random": {"mean": statistics.mean(others), "least": min(others), "count": count} if count else None,
+            "random": others and {"mean": statistics.mean(others), "least": min(others), "count": count},
         })  # fmt: skip
         say(f"  {json.dumps(rows[-1])}")
     return {
@@ -87,11 +90,11 @@ def measured(search: Search, found: Assignment) -> float:
 
 def uniforms(search: Search) -> list[dict[str, object]]:
     """Every candidate for all weights, fewest bits first."""
-    found = []
+    found, shapes = [], [m.shape for m in select.matrices(search.trials.start.graph)]
     for cast in search.casts:
-        sizes = [(i.numbers, i.shape) for i in search.items]
-        form = cast.form(search.context)
-        bits = sum(n * form.bits_per_weight(*shape[-2:]) for n, shape in sizes) / sum(n for n, _ in sizes)
+        form = cast.form(Context(search.spec))
+        total = sum(math.prod(s) * form.bits_per_weight(*s[-2:]) for s in shapes)
+        bits = total / sum(map(math.prod, shapes))
         drift = search.trials.drift(search.pipeline(str(replace(cast, skip=())), ""))
         found.append({"name": str(cast), "bits": bits, "kl": drift.kl_mean})
         say(f"  {found[-1]}")

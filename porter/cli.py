@@ -7,12 +7,17 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from porter import __version__
 from porter.errors import OptionError, PorterError
+
+if TYPE_CHECKING:
+    from porter.options import Options
+    from porter.report.report import DriftReport
+    from porter.terminal import Stages
 
 app = typer.Typer(
     name="porter",
@@ -180,11 +185,9 @@ def convert(
     json_: Json = False,
 ) -> None:
     """Port a model to a target: a bundle, and a report of how far its output drifted."""
-    from porter.convert import Options, over_budget
-    from porter.convert import convert as run
-    from porter.terminal import Stages, print_report
+    from porter.options import Options
 
-    with Stages(quiet=json_) as stages:
+    with _stages(json_) as stages:
         options = Options(
             target=target,
             weights=weights,
@@ -206,17 +209,8 @@ def convert(
             repeat=_command(),
             progress=stages.update,
         )
-        try:
-            report = run(model, output, options)
-        except PorterError as error:
-            if (failed := getattr(error, "report", None)) is not None:
-                stages.stop()
-                _answer(failed.to_dict(), json_, lambda: print_report(failed))
-            raise
-    _answer(report.to_dict(), json_, lambda: print_report(report))
-    if not report.ok:
-        raise over_budget(report)
-    print(f"bundle: {output}\nreport: {output / 'report.html'}", file=sys.stderr if json_ else sys.stdout)
+        report = _converted(model, output, options, stages, json_)
+    _say(report, output, json_)
 
 
 @app.command()
@@ -480,6 +474,38 @@ def targets(
         print(showing.NOTE)
 
     _answer([showing.summary(s) for s in specs], json_, table)
+
+
+def _stages(quiet: bool) -> Stages:
+    from porter.terminal import Stages
+
+    return Stages(quiet=quiet)
+
+
+def _converted(model: Path, output: Path, options: Options, stages: Stages, json_: bool) -> DriftReport:
+    """Convert; a report of what is over budget is shown before the error goes on."""
+    from porter.convert import convert as run
+    from porter.terminal import print_report
+
+    try:
+        return run(model, output, options)
+    except PorterError as error:
+        if (failed := getattr(error, "report", None)) is not None:
+            stages.stop()
+            _answer(failed.to_dict(), json_, lambda: print_report(failed))
+        raise
+
+
+def _say(report: DriftReport, output: Path, json_: bool) -> None:
+    """The report of a bundle that was written, and the refusal of one that is over budget and kept."""
+    from porter.convert import over_budget
+    from porter.terminal import print_report
+
+    _answer(report.to_dict(), json_, lambda: print_report(report))
+    if not report.ok:
+        raise over_budget(report)
+    if not json_:
+        print(f"bundle: {output}\nreport: {output / 'report.html'}")
 
 
 def _answer(document: Any, as_json: bool, show: Any) -> None:

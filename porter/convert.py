@@ -84,7 +84,7 @@ def _straight(source: Path, out: Path, options: Options, search: Mapping[str, An
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
-            deadline = latency.held(model, spec, str(pipeline), ported, options)
+            step = latency.held(model, spec, str(pipeline), ported, options)
             made, times = _lower(standard(model), options.target, folder, ported, progress)
             port = Port(source, model, ported, folder, trail, steps, _exactly(model, spec, ported))
             found = measured(evidence, feeds, port, progress)
@@ -107,7 +107,7 @@ def _straight(source: Path, out: Path, options: Options, search: Mapping[str, An
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
                 search=search,
-                **deadline,
+                latency=step,
                 calibration=calibrated.facts,
                 repeat=options.repeat,
                 versions=facts["versions"],

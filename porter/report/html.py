@@ -40,6 +40,7 @@ def to_html(report: DriftReport, plan: Mapping[str, Any] | None = None) -> str:
             ratio=words.ratio(report),
             kept=words.kept(report),
             recomputed=words.recomputed(report.recomputed),
+            searched=words.searched(report),
             chart=chart(report.context),
             deep=depth.depth(report.depth),
             memory=planned.picture(plan) if plan else None,

@@ -73,10 +73,10 @@ class DriftReport:
     applied; `depth` is the error in the model after its passes, layer by layer (`porter.drift.depth`).
     `recomputed` says of `passes` and `total` how often attention was computed from the exact copy of a
     certified cache; empty where there is none.
-    `budget` is what was allowed of `total`, `latency` how long a decode step may take and by an estimate does
-    (`porter.search.latency`; empty where nothing was asked), and `violations` what was not kept. `search`
-    says how formats were found (`porter.search.record`). `kept` says which weights stay floats where others
-    were cast (`porter.weights.select.Kept`). `placement` says in what each class of
+    `budget` is what was allowed of `total`, `latency` how long a decode step may take and is estimated
+    to take (`porter.search.latency`), and `violations` what was not kept. `search` says how formats were
+    found (`porter.search.record`). `kept` says which weights stay
+    floats where others were cast (`porter.weights.select.Kept`). `placement` says in what each class of
     tensors is multiplied on the target; empty for family host, which computes in float32. `repeat` is the
     command that does all this again.
     Mappings come out in the order they were given.
@@ -108,7 +108,7 @@ class DriftReport:
     versions: Mapping[str, str] = field(default_factory=dict)
     calibration: Mapping[str, object] = field(default_factory=dict)
     search: Mapping[str, object] = field(default_factory=dict)
-    latency: Mapping[str, Any] = field(default_factory=dict)
+    latency: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def total(self) -> Drift:
@@ -127,8 +127,9 @@ class DriftReport:
     @property
     def violations(self) -> list[Violation]:
         """What the total drift does not keep, outputs that are not numbers among it, nor the decode step."""
-        limit, step = self.latency.get("limit_s"), self.latency.get("decode_s")
-        late = [] if limit is None or step <= limit else [Violation("latency_s", limit, step)]
+        found: Mapping[str, Any] = self.latency
+        slow = bool(found) and not found["decode_s"] <= found["limit_s"]
+        late = [Violation("latency_s", found["limit_s"], found["decode_s"])] if slow else []
         return check(self.budget, self.total) + late
 
     @property

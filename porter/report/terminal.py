@@ -70,12 +70,12 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         yield _stages(report)
     if report.kept:
         yield Text(f" {kept(report)}")
+    for line in searched(report):
+        yield Text(f" {line}")
     for miss in report.near_misses[:3]:
         yield Text(
             f" nearly {clean(miss.rule)}, {miss.count} times: {clean(miss.reason)} at {clean(miss.node)}"
         )
-    for line in searched(report):
-        yield Text(f" {line}")
     for placed in report.placement:
         yield Text(f" {clean(str(placed))}")
     if report.memory or report.seconds:

@@ -42,8 +42,7 @@ def estimated(model: Model, spec: TargetSpec, context: int) -> Estimate:
 
 
 def held(model: ir.Model, spec: TargetSpec, pipeline: str, known: Decoder, asked: Asked) -> dict[str, object]:
-    """What a report says of `--latency`: the limit and what a step takes, in seconds, how that is known and
-    what binds; nothing where no limit is asked.
+    """What a report says of `--latency`: `limit_s`, and the estimate; nothing where none is asked.
 
     Raises OptionError PORT-0635, DriftError PORT-0634 for a step that takes longer (unless `asked.keep`), and
     what an estimate does.
@@ -54,8 +53,7 @@ def held(model: ir.Model, spec: TargetSpec, pipeline: str, known: Decoder, asked
     found = estimated(of_model(model, "", pipeline), spec, context_of(known))
     if found.decode_s > limit and not asked.keep:
         raise over(found, limit)
-    told = {"limit_s": limit, "decode_s": found.decode_s, "context": found.options.context}
-    return {"latency": told | {"kind": found.kind, "bound_by": found.bound_by}}
+    return {"limit_s": limit, **found.to_dict()}
 
 
 def over(found: Estimate, limit: float) -> DriftError:

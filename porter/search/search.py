@@ -7,7 +7,7 @@ sensitivities  ->  cheapest assignment  ->  passes, measured  ->  lowered, measu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from porter.search.repair import Limits, Round
 from porter.search.trial import Trials, before_weights, straight
 from porter.target import TargetSpec
 from porter.weights import select
+from porter.weights.base import WeightPass
 
 LOWERED = 3  # conversions that are tried in the end
 Straight = Callable[[Path, Path, Options, Mapping[str, Any]], DriftReport]
@@ -47,7 +48,7 @@ def convert(source: Path, out: Path, asked: Options, port: Straight) -> DriftRep
     the budget, PORT-0634 when nothing keeps the latency, EnvironmentFailure PORT-0637 for a model that is too
     large, and what a conversion raises.
     """
-    found = _Search.of(source, asked)
+    found = Search.of(source, asked)
     lowering = np.zeros(len(found.measures))
     for attempt in range(LOWERED):
         chosen = found.chosen(Limits(found.limits.amounts - lowering, found.limits.seconds))
@@ -65,7 +66,7 @@ def convert(source: Path, out: Path, asked: Options, port: Straight) -> DriftRep
 
 
 @dataclass
-class _Search:
+class Search:
     """One search: what may be chosen, and what was tried."""
 
     asked: Options
@@ -76,9 +77,10 @@ class _Search:
     items: list[Item]
     trials: Trials
     record: Record
+    casts: Sequence[WeightPass] = ()  # the candidates for weights
 
     @classmethod
-    def of(cls, source: Path, asked: Options) -> _Search:
+    def of(cls, source: Path, asked: Options) -> Search:
         """Measure what may be chosen."""
         spec, budget = target.load(asked.target), budgets.parse(asked.budget)
         measures = _checked(asked, spec, budget)
@@ -106,10 +108,11 @@ class _Search:
             activations=spec.flavour(asked.activations) if asked.activations != "fp32" else "",
         )
         probe = Probe(model, feeds, evidence.reference.vocabulary)
-        items = _items(probe, spec, asked, costs, measures)
+        matrices, casts = _candidates(probe, spec, asked)
+        items = _items(probe, spec, asked, costs, measures, matrices, casts)
         limits = additive.limits(budget, measures)
         record = Record(costs, measures, items, probe.tokens, np.zeros(len(measures)))
-        made = cls(asked, spec, budget, measures, Limits(limits), items, trials, record)
+        made = cls(asked, spec, budget, measures, Limits(limits), items, trials, record, casts)
         record.offset = made._fixed()
         seconds = deadline - costs.rest(_bits(asked, costs)) if np.isfinite(deadline) else np.inf
         made.limits = Limits(limits - record.offset, seconds)
@@ -146,9 +149,9 @@ class _Search:
 
     def text(self, chosen: Assignment) -> str:
         """The pipeline that does it."""
-        return self._pipeline(text.weights_text(chosen), text.kv_text(chosen))
+        return self.pipeline(text.weights_text(chosen), text.kv_text(chosen))
 
-    def _pipeline(self, cast: str, cached: str) -> str:
+    def pipeline(self, cast: str, cached: str) -> str:
         """The target's pipeline with what was found in the slots that are searched."""
         asked, spec = self.asked, self.spec
         if asked.weights == AUTO:
@@ -174,7 +177,7 @@ class _Search:
     def _fixed(self) -> np.ndarray:
         """The drift of what is not searched for: the user's own cache scheme, format or activations."""
         bare = options.filled(self.spec, self.asked, "", "")
-        if (fixed := self._pipeline("", "")) == bare:
+        if (fixed := self.pipeline("", "")) == bare:
             return np.zeros(len(self.measures))
         return additive.amounts(self.trials.drift(fixed), self.measures)
 
@@ -214,18 +217,33 @@ def _checked(asked: Options, spec: TargetSpec, budget: Mapping[str, float]) -> t
     return measures
 
 
+def _candidates(
+    probe: Probe, spec: TargetSpec, asked: Options
+) -> tuple[list[select.Matrix], list[WeightPass]]:
+    """Every matrix whose name a pipeline can say, and what is worth measuring on them; none where weights are
+    not searched for."""
+    names = list(probe.model.graph.initializers)
+    matrices = [m for m in select.matrices(probe.model.graph) if text.named(m.name, names)]
+    if asked.weights != AUTO or not matrices:
+        return [], []
+    asked.progress("candidates", 0.0)
+    return matrices, candidates.worth(candidates.every(spec, asked.method), matrices, spec)
+
+
 def _items(
-    probe: Probe, spec: TargetSpec, asked: Options, costs: Costs, measures: tuple[str, ...]
+    probe: Probe,
+    spec: TargetSpec,
+    asked: Options,
+    costs: Costs,
+    measures: tuple[str, ...],
+    matrices: list[select.Matrix],
+    casts: list[WeightPass],
 ) -> list[Item]:
-    """What is searched: every matrix whose name a pipeline can say, every side of the cache."""
+    """What is searched, measured: the matrices, and every side of the cache."""
     found: list[Item] = []
-    if asked.weights == AUTO:
-        names = list(probe.model.graph.initializers)
-        matrices = [m for m in select.matrices(probe.model.graph) if text.named(m.name, names)]
-        if matrices:
-            casts = candidates.worth(candidates.every(spec, asked.method), matrices, spec)
-            told = lambda f: asked.progress("weights", f)  # noqa: E731
-            found += weights.items(probe, matrices, casts, spec, costs, measures, told)
+    if matrices:
+        told = lambda f: asked.progress("weights", f)  # noqa: E731
+        found += weights.items(probe, matrices, casts, spec, costs, measures, told)
     if asked.kv == AUTO:
         found += caches.items(probe, spec, costs, measures, lambda f: asked.progress("cache", f))
     if not found:
