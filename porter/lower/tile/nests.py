@@ -103,6 +103,27 @@ def with_checks(function: tirx.PrimFunc, checks: list[tirx.Stmt]) -> tirx.PrimFu
     return _with_statements(function, [*checks, *(body.seq if isinstance(body, tirx.SeqStmt) else [body])])
 
 
+def branched(function: tirx.PrimFunc, condition: Expr, other: tirx.PrimFunc) -> tirx.PrimFunc:
+    """What `function` does where `condition` holds, what `other` does where not: both of the same parameters,
+    and no loop, axis or buffer of both."""
+    one, two = function.body.block, other.body.block
+    body = tirx.IfThenElse(condition, one.body, two.body)
+    buffers = [*one.alloc_buffers, *two.alloc_buffers]
+    return function.with_body(s_tir.SBlockRealize([], True, _block(one, body=body, alloc_buffers=buffers)))
+
+
+def renewed(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """With the same parameters and symbols, and loops, axes and buffers between blocks of its own."""
+    new = s_tir.renew_defs(function)
+    back: dict[Any, Any] = {}
+    for mine, old in zip(new.params, function.params, strict=True):
+        back[mine] = old
+        for size, was in zip(getattr(mine, "shape", ()), getattr(old, "shape", ()), strict=True):
+            if isinstance(was, tirx.Var):
+                back[size] = was
+    return function.with_body(substituted(new.body, back))
+
+
 def _has_block(statement: tirx.Stmt) -> bool:
     found: list[Any] = []
     tvm_ffi.structural_walk(statement, (s_tir.SBlock, found.append))

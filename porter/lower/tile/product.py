@@ -24,29 +24,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
+from tvm.ir import Expr
 
 from porter.lower.blocks.define import PLAIN
 from porter.lower.tile.chip import Chip, width
 from porter.lower.tile.nests import Nest, apart
 from porter.lower.tile.padding import KEEP, STORE, grown, padded
-from porter.lower.tile.search import choose
 from porter.lower.tile.spilling import SPILL, spilled
 from porter.lower.tile.staging import CLUSTERS, CORES, FREE, MATRIX, MNK, SLOTS, Staging
-from porter.lower.tile.tiling import Operand, Part, Sizes, Tiling
+from porter.lower.tile.tiling import UNKNOWN, Operand, Part, Sizes, Tiling
 
 LAST = "y_scale"
 
 
-def schedule(function: tirx.PrimFunc, form: str, chip: Chip, tiling: Tiling | None = None) -> tirx.PrimFunc:
-    """A kernel of `porter.lower.blocks.product` or `pairs`, multiplied in the unit's `form`, scheduled, with
-    the best tiling or the one given."""
+def schedule(function: tirx.PrimFunc, form: str, chip: Chip, tiling: Tiling) -> tirx.PrimFunc:
+    """A kernel of `porter.lower.blocks.product` or `pairs`, multiplied in the unit's `form`, scheduled with
+    one tiling for any number of rows."""
     nests = apart(function)
     assert nests is not None
     main = next(n for n in nests if n.name == "product")
     writers = {n.block.writes[0].source: n for n in nests}
     operands = [writers[r.source] for r in main.block.reads if r.source in writers]
-    if tiling is None:
-        tiling = choose(sizes_of(function, form), chip)
     lead = len(main.loops) - 3
     multiples = {lead: tiling.row_multiple, lead + 1: tiling.column_multiple}
     whole = padded(function, "product", multiples)
@@ -56,8 +54,15 @@ def schedule(function: tirx.PrimFunc, form: str, chip: Chip, tiling: Tiling | No
     return _Schedule(Staging(whole, chip), tiling, form, [n.name for n in operands], plain).run()
 
 
-def sizes_of(function: tirx.PrimFunc, form: str) -> Sizes:
-    """What a tiling of a kernel is chosen from."""
+def rows_of(function: tirx.PrimFunc) -> Expr:
+    """How many rows y of a kernel has."""
+    nests = apart(function)
+    assert nests is not None
+    return next(n for n in nests if n.name == "product").loops[-3].extent
+
+
+def sizes_of(function: tirx.PrimFunc, form: str, likely: int = UNKNOWN) -> Sizes:
+    """What a tiling of a kernel is chosen from; `likely` rows, where they are known only at run time."""
     nests = apart(function)
     assert nests is not None
     main = next(n for n in nests if n.name == "product")
@@ -80,6 +85,7 @@ def sizes_of(function: tirx.PrimFunc, form: str) -> Sizes:
         x,
         w,
         len(last.block.reads) if last else 1,
+        likely,
     )
 
 

@@ -9,9 +9,9 @@ import tvm
 from tvm import s_tir, tirx
 
 from porter.errors import TargetError
-from porter.lower.tile import attention, product, vector
+from porter.lower.tile import attention, variants, vector
 from porter.lower.tile.bounds import of_kernels
-from porter.lower.tile.capacity import Held, check, held
+from porter.lower.tile.capacity import Held, held
 from porter.lower.tile.chip import Chip
 from porter.lower.tile.nests import apart, fixed, named, with_checks, without_checks
 from porter.target import TargetSpec
@@ -85,8 +85,7 @@ def scheduled(
     function = named(function)
     try:
         if form and kind in PRODUCTS:
-            result = product.schedule(function, form, chip)
-            check(result, name, chip, bounds)
+            result = variants.schedule(function, name, form, chip, bounds)
         elif form and kind == "attention":
             result = attention.schedule(function, name, form, chip, bounds)
         else:

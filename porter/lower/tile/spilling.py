@@ -72,7 +72,8 @@ class _Spill:
             self._declare(product.writes[0].source, int(node.extent))
         parts = []
         for half in range(int(node.extent)):
-            body = substituted(node.body, {node.loop_var: tirx.IntImm("int64", half)})
+            scratch = {b: _like(b) for block in found for b in block.alloc_buffers}
+            body = substituted(node.body, {node.loop_var: tirx.IntImm("int64", half), **scratch})
             if product is None:
                 parts.append(self._apart(body, found, half, int(node.extent)))
             else:
@@ -148,6 +149,10 @@ def _within(realize: s_tir.SBlockRealize, start: Expr, steps: tirx.For) -> s_tir
     block = s_tir.SBlock([*axes, first, inner], reads, block.writes, *rest, block.annotations)
     values = [*list(realize.iter_values)[:-1], start, steps.loop_var]
     return s_tir.SBlockRealize(values, realize.predicate, block)
+
+
+def _like(buffer: Any) -> Any:
+    return tirx.decl_buffer(buffer.shape, buffer.dtype, buffer.name, scope=buffer.scope())
 
 
 def _loop(node: tirx.For, body: tirx.Stmt, annotated: bool) -> tirx.For:

@@ -30,7 +30,8 @@ class Operand:
 class Sizes:
     """`lead` products y[rows, columns] over `steps` unit steps of k; None: known only at run time.
 
-    `last`: how many buffers are read to make y of sums.
+    `last`: how many buffers are read to make y of sums. `likely`: rows to reckon with
+    where they are not known.
     """
 
     lead: int
@@ -41,11 +42,12 @@ class Sizes:
     x: Operand
     w: Operand
     last: int = 1
+    likely: int = UNKNOWN
 
     def supposed(self) -> tuple[int, int, int]:
         """Rows, columns and steps as far as a tile's size depends on them."""
-        rows, columns = (UNKNOWN if n is None else n for n in (self.rows, self.columns))
-        return rows, columns, self.steps or 1
+        rows = self.likely if self.rows is None else self.rows
+        return rows, UNKNOWN if self.columns is None else self.columns, self.steps or 1
 
 
 @dataclass(frozen=True)
