@@ -237,11 +237,18 @@ def diff(
     budget: Budget = "",
     data: Data = "",
     seed: Seed = 0,
+    blame: Annotated[bool, typer.Option("--blame", help="Find the nodes that the drift comes from.")] = False,
     json_: Json = False,
 ) -> None:
     """Measure how far B's output is from A's, on prefill and on cached decode steps."""
     from porter.diff import diff as run
     from porter.terminal import Stages, print_report
+
+    if blame:
+        from porter.blame import run as blamed
+
+        _blamed(lambda progress: blamed(a, b, data=data, seed=seed, progress=progress), json_)
+        return
 
     with Stages(quiet=json_) as stages:
         report = run(a, b, budget=budget, data=data, seed=seed, repeat=_command(), progress=stages.update)
@@ -250,6 +257,37 @@ def diff(
         from porter.convert import over_budget
 
         raise over_budget(report)
+
+
+@app.command()
+def blame(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="The ONNX file or bundle to compare with. Default: what the bundle was made from."),
+    ] = None,
+    data: Data = "",
+    seed: Seed = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Texts that run side by side.")] = 4,
+    top: Annotated[int, typer.Option(min=0, help="Nodes that are tried by substitution.")] = 6,
+    repro: Annotated[
+        Path | None, typer.Option(help="A folder for the worst node: its ONNX, inputs and a command.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Find the nodes of a bundle that its drift comes from: ONNX node, PyTorch module, pass and kernel."""
+    from porter.blame import blame_bundle
+
+    options = {"data": data, "seed": seed, "samples": samples, "top": top, "out": repro}
+    _blamed(lambda progress: blame_bundle(bundle, reference, progress=progress, **options), json_)
+
+
+def _blamed(run: Any, json_: bool) -> None:
+    from porter.terminal import Stages, print_blame
+
+    with Stages(quiet=json_) as stages:
+        found = run(stages.update)
+    _answer(found.to_dict(), json_, lambda: print_blame(found))
 
 
 @app.command()

@@ -20,6 +20,7 @@ from porter.errors import DriftError
 from porter.evidence import gather, measured, standard
 from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
+from porter.provenance import Provenance
 from porter.report import html, junit
 from porter.report import memory as figures
 from porter.report.report import DriftReport, Figure, Stage
@@ -123,15 +124,20 @@ def _kept(model: ir.Model, pipeline: Pipeline) -> list[select.Kept]:
 
 
 def run_passes(pipeline: Pipeline, model: ir.Model, context: Context, progress: Progress) -> list[Step]:
-    """Run the pipeline, telling how far it is."""
-    done = 0
+    """Run the pipeline, telling how far it is; each node then says which pass made it what it is."""
+    done, provenance = 0, Provenance(model)
 
     def watch(step: object, model: ir.Model) -> None:
         nonlocal done
+        if done:
+            provenance.after(pipeline.passes[done - 1].name, model)
         progress("passes", done / len(pipeline.passes))
         done += 1
 
-    return pipeline.run(model, context, watch)
+    steps = pipeline.run(model, context, watch)
+    if done:
+        provenance.after(pipeline.passes[done - 1].name, model)
+    return steps
 
 
 def over_budget(report: DriftReport) -> DriftError:
