@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from porter.drift.blame.align import Alignment, align
-from porter.drift.blame.judge import FLOAT32, Judged, judge
+from porter.drift.blame.judge import FLOAT32, SLOT, Judged, judge
 from porter.drift.blame.measure import Measured, lockstep, measure, substituted
 from porter.drift.blame.shelf import Shelf
 from porter.drift.blame.sides import Side
 from porter.drift.blame.sites import Site, sites
 from porter.drift.blame.weighing import weigh
+
+HOLDS = 3.0  # dB: with less, half of its power is noise, a cache is no copy of the reference's
 
 Progress = Callable[[float], None]
 
@@ -77,8 +79,11 @@ def blame(
     aligned = align(reference, candidate, _short(steps))
     progress(0.2)
     found = sites(reference, candidate, aligned)
-    channels = {str(s.node.inputs[0].name) for s in found if s.op == "MatMul"}
-    measured = measure(reference, candidate, aligned, steps, channels)
+    measured = _measured(reference, candidate, aligned, steps, found)
+    if _turned(aligned, measured):
+        aligned = aligned.without(aligned.slots)
+        found = sites(reference, candidate, aligned)
+        measured = _measured(reference, candidate, aligned, steps, found)
     progress(0.6)
     signals = {n: float(sum(s.sum() for s in noise.signal)) for n, noise in measured.local.items()}
     weighed = weigh(reference, candidate, aligned, found, measured.powers, signals)
@@ -90,6 +95,18 @@ def blame(
         name, reference.name, candidate.name, measured.drift, len(aligned.pairs),
         tuple(_ranked([*tried, *suspects[top:]])), aligned, measured,
     )  # fmt: skip
+
+
+def _measured(
+    reference: Side, candidate: Side, aligned: Alignment, steps: Sequence[np.ndarray], found: Sequence[Site]
+) -> Measured:
+    channels = {str(s.node.inputs[0].name) for s in found if s.op == "MatMul"}
+    return measure(reference, candidate, aligned, steps, channels)
+
+
+def _turned(aligned: Alignment, measured: Measured) -> bool:
+    """Whether caches hold something else than the reference's keys and values: turned or scaled ones."""
+    return bool(aligned.slots) and float(np.median([measured.local[n].db for n in aligned.slots])) < HOLDS
 
 
 def total(reference: Side, candidate: Side, steps: Sequence[np.ndarray]) -> float:
@@ -109,6 +126,8 @@ def _suspects(
     result = []
     for group in groups.values():
         worst = max(group, key=lambda s: (judged[s.value].below_db, -measured.local[s.value].db))
+        if judged[worst.value].why == SLOT:
+            worst = _writer(worst)
         local, cumulative = measured.local[worst.value], measured.cumulative[worst.value]
         result.append(
             Suspect(
@@ -117,6 +136,12 @@ def _suspects(
             )
         )  # fmt: skip
     return result
+
+
+def _writer(site: Site) -> Site:
+    """The site, as one whose main node is what writes to the cache."""
+    writers = [n for n in site.nodes if n.op_type == "TensorScatter" or n.op_type.startswith("AppendCache")]
+    return replace(site, node=writers[0]) if writers else site
 
 
 def _ranked(suspects: Sequence[Suspect]) -> list[Suspect]:
@@ -152,8 +177,7 @@ def _with_share(suspect: Suspect, left: dict[str, float], i: int, drift: float) 
         return suspect
     before, after = left[f"{i} before"], left[f"{i} after"]
     share = (before - after) / drift if math.isfinite(drift) else float(math.isfinite(after))
-    fields = {k: v for k, v in vars(suspect).items() if k != "share"}
-    return Suspect(**fields, share=share)
+    return replace(suspect, share=share)
 
 
 def _short(steps: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ with sites of the same operator and the same storage, by medians, which a few fa
 
 - a linear layer whose weight can be weighed, by the error of its weight, by that of the worst group in it,
   and by how much of its noise that error leaves unexplained;
+- what comes out of a cache, by that of the worst token in it, besides;
 - any other site by its local SQNR at the worst step.
 
 What is within FLOAT32 of the reference is float arithmetic in another order, and never stands out.
@@ -27,6 +28,7 @@ from porter.drift.blame.weighing import Weighed
 FLOAT32 = 120.0
 EXACT = 110.0  # where the like are above this, they hold nothing but float32
 SPREAD = 5 * 1.4826  # medians of deviations: 5 standard deviations, were they normal
+SLOT = "one token in its cache"
 LIKE = 4  # with fewer of the same operator and storage, all of the same kind are its like
 
 
@@ -37,6 +39,7 @@ class Margins:
     weight: float = 3.0
     group: float = 4.0
     explained: float = 6.0
+    slot: float = 8.0
     local: float = 8.0
     exact: float = 15.0
 
@@ -62,6 +65,7 @@ def judge(
     usual = _Usual(sites, lambda s: local[s.value])
     weights = _Usual([s for s in sites if s.value in weighed], lambda s: _capped(weighed[s.value].db))
     groups = _Usual([s for s in sites if s.value in weighed], lambda s: _capped(weighed[s.value].group_db))
+    slots = _Usual([s for s in sites if s.value in measured.slots], lambda s: _capped(measured.slots[s.value]))
     found = {}
     for site in sites:
         own = local[site.value]
@@ -76,6 +80,13 @@ def judge(
                 tests.append(Judged(w.explained_db, max(0.0, below), why))
             worst = max(tests, key=lambda j: j.below_db)
             found[site.value] = worst if worst.below_db else Judged(usual.of(site)[0], 0.0, "")
+        elif site.value in measured.slots:
+            worst_slot = _capped(measured.slots[site.value])
+            found[site.value] = max(
+                usual.test(site, own, margins.local, margins.exact, "its local SQNR"),
+                slots.test(site, worst_slot, margins.slot, margins.exact, SLOT),
+                key=lambda j: j.below_db,
+            )
         else:
             found[site.value] = usual.test(site, own, margins.local, margins.exact, "its local SQNR")
     return found

@@ -71,15 +71,26 @@ def decibels(signal: float, noise: float) -> float:
     return -math.inf if signal == 0 or not math.isfinite(noise) else 10 * math.log10(signal / noise)
 
 
+def worst_slot(reference: np.ndarray, candidate: np.ndarray) -> float:
+    """The least SQNR of a row's token in a cache, [batch, heads, tokens, size]; a token far below the usual
+    power counts as a tenth of that."""
+    signal = (reference.astype(np.float64) ** 2).sum(axis=(1, 3))
+    noise = ((candidate.astype(np.float64) - reference) ** 2).sum(axis=(1, 3))
+    ratio = noise / np.maximum(signal, max(signal.mean() / 10, 1e-30))
+    return decibels(1.0, float(np.where(np.isfinite(ratio), ratio, np.inf).max(initial=0.0)))
+
+
 @dataclass(frozen=True)
 class Measured:
     """By value of the candidate: `local` and `cumulative` noise; `drift`: distance of the outputs; `powers`:
-    the reference's sum of squares of each channel (last axis)."""
+    the reference's sum of squares of each channel (last axis); `slots`: of values that stand for a cache, the
+    local SQNR of the worst token."""
 
     local: Mapping[str, Noise]
     cumulative: Mapping[str, Noise]
     drift: float
     powers: Mapping[str, np.ndarray]
+    slots: Mapping[str, float]
 
 
 def measure(
@@ -98,22 +109,28 @@ def measure(
     rows = len(steps[0])
 
     powers: dict[str, np.ndarray] = {}
+    slots = dict.fromkeys(aligned.slots, math.inf)
 
-    def into(sums: Mapping[str, Noise]) -> Callable[[str, np.ndarray], None]:
-        return lambda name, array: sums[name].add(shelf[pairs[name]], array, rows)
+    def free(name: str, array: np.ndarray) -> None:
+        truth = shelf[pairs[name]]
+        cumulative[name].add(truth, aligned.comparable(name, array, truth), rows)
 
     def forced(name: str, array: np.ndarray) -> None:
-        local[name].add(shelf[pairs[name]], array, rows)
+        truth = shelf[pairs[name]]
+        array = aligned.comparable(name, array, truth)
+        local[name].add(truth, array, rows)
+        if name in slots:
+            slots[name] = min(slots[name], worst_slot(truth, array))
         if name in channels:
             power = np.square(shelf[pairs[name]], dtype=np.float64)
             powers[name] = powers.get(name, 0) + power.reshape(-1, power.shape[-1]).sum(axis=0)
 
     players = {
-        "free": (candidate.player({*pairs}, ()), into(cumulative)),
+        "free": (candidate.player({*pairs}, ()), free),
         "forced": (candidate.player({*pairs}, {*pairs}), forced),
     }
     distances = lockstep(reference, players, aligned, steps, shelf)
-    return Measured(local, cumulative, distances["free"], powers)
+    return Measured(local, cumulative, distances["free"], powers, slots)
 
 
 def substituted(
@@ -136,13 +153,13 @@ def lockstep(
     shelf: Shelf,
 ) -> dict[str, float]:
     """Let all go through the steps; the mean distance of each one's outputs from the reference's."""
-    pairs, dtypes = aligned.pairs, aligned.dtypes
+    pairs = aligned.pairs
     lead = reference.player({*pairs.values()}, ())
     sums, count = dict.fromkeys(players, 0.0), 0
     hidden = reference.decoder.cache == "none"
 
     def given(name: str) -> np.ndarray:
-        return shelf[pairs[name]].astype(dtypes[name], copy=False)
+        return aligned.given(name, shelf[pairs[name]])
 
     for tokens in steps:
         shelf.clear()
