@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +96,7 @@ def run(
     out: Path | None = None,
     progress: Progress = lambda stage, fraction: None,
 ) -> Blamed:
-    """Blame in `b` against `a`, each an ONNX file or a bundle; without `a`, in the lowering of the bundle `b`.
+    """Blame in `b` against `a`, each an ONNX file or a bundle; without `a`, in the bundle `b`'s lowering.
 
     `samples` texts run side by side. The worst node's repro is written to the folder `out`. Raises what
     opening, reading and running them does.
@@ -115,13 +115,22 @@ def run(
         reference = candidate
     unit = "nats per token" if first.decoder.cache != "none" else "of the signal's power"
     drift = stages[0].drift if len(stages) == 1 else total(first, candidates[-1], steps)
-    suspects = verdict.ranked(stages, drift)
+    suspects = _with_kernels(verdict.ranked(stages, drift), candidates[-1])
     found = Blamed(str(first.name), b.name, tuple(stages), drift, unit, tuple(suspects), texts)
     if out is not None and suspects:
         progress("repro", 0.0)
-        write(out, suspects[0], first, candidates, stages, steps)
-        found = Blamed(**{**vars(found), "repro": out})
+        at = next(i for i, stage in enumerate(stages) if stage.name == suspects[0].stage)
+        write(out, suspects[0], stages[at], [first, *candidates][at], candidates[at], steps)
+        found = replace(found, repro=out)
     return found
+
+
+def _with_kernels(suspects: list[Suspect], last: Side) -> list[Suspect]:
+    """Nodes of a bundle's model with the kernels that they became."""
+    return [
+        s if s.site.kernel else replace(s, site=replace(s.site, kernel=last.kernels.get(s.site.name, "")))
+        for s in suspects
+    ]
 
 
 def opened(path: Path) -> list[Side]:

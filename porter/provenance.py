@@ -27,7 +27,7 @@ class Provenance:
 
 
 def _signatures(model: ir.Model) -> dict[ir.Node, tuple]:
-    """What a node computes and of which values; the objects are kept, so that none takes another's identity."""
+    """What a node computes and of which values; the objects are kept, so that no other takes their place."""
     return {
         node: (
             node.op_type,

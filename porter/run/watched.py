@@ -47,6 +47,8 @@ class Watched:
         self._names = {*self._kernels}
         self.results = list(_results(plan, model))
         self.kernels = _kernels(plan)
+        self._library = folder / plan["library"]
+        self.tapped: tuple[Path, str, list[np.ndarray], int] | None = None
         self._after: dict[int, list[Result]] = {}
         for result in self.results:
             self._after.setdefault(result.launch, []).append(result)
@@ -58,9 +60,11 @@ class Watched:
         cut: Collection[str],
         given: Callable[[str], np.ndarray],
         seen: Callable[[str, np.ndarray], None],
+        tap: str = "",
     ) -> Feeds:
         """Outputs by name. After a launch `seen` is told of the `wanted` values that it made, and those that
-        are `cut` are overwritten with what is `given`.
+        are `cut` are overwritten with what is `given`. `tapped` then has of the launch that makes the value
+        `tap`: the library, the kernel, its arguments before the call, and which of them is the result.
 
         Raises BundleError PORT-0610 when the program makes other calls than its plan lists.
         """
@@ -68,7 +72,10 @@ class Watched:
 
         def watch(function: Any, name: str, before: bool, made: Any, *arguments: Any) -> int:
             nonlocal at, failure
-            if before or name not in self._names or failure is not None:
+            if name not in self._names or failure is not None:
+                return 0
+            if before:
+                self._tap(at, tap, arguments)
                 return 0
             try:
                 self._check(at, name)
@@ -93,10 +100,25 @@ class Watched:
             raise failure
         return outputs
 
+    def _tap(self, at: int, value: str, arguments: tuple[Any, ...]) -> None:
+        for result in self._after.get(at, ()):
+            if result.name == value:
+                tensors = [i for i, a in enumerate(arguments) if isinstance(a, tvm.runtime.Tensor)]
+                kept = [np.array(a.numpy() if i in tensors else int(a)) for i, a in enumerate(arguments)]
+                self.tapped = self._library, result.kernel, kept, tensors[result.argument]
+
     def _check(self, at: int, name: str) -> None:
         if at >= len(self._kernels) or self._kernels[at] != name:
             raise BundleError("PORT-0610", f"launch {at} is {name!r}, which the plan does not have there",
                               hint="convert the model again")  # fmt: skip
+
+
+def call(library: Path, kernel: str, arguments: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Call a kernel of a program's library by itself; the arguments as they are after it."""
+    function = tvm.runtime.load_module(str(library)).get_function(kernel, True)
+    lent = [tvm.runtime.tensor(a) if a.ndim or a.dtype != np.int64 else int(a) for a in arguments]
+    function(*lent)
+    return [a if isinstance(a, int) else a.numpy() for a in lent]
 
 
 def _write(tensor: tvm.runtime.Tensor, array: np.ndarray) -> None:

@@ -129,7 +129,10 @@ def stale_slot(model: ir.Model, layer: int) -> set[str]:
     scatter = attention.inputs[1].producer()
     while scatter.op_type != "TensorScatter":
         scatter = scatter.inputs[0].producer()
-    zero, one = weight(model, "fault.zero", np.zeros(1, np.int64)), weight(model, "fault.one", np.ones(1, np.int64))
+    zero, one = (
+        weight(model, "fault.zero", np.zeros(1, np.int64)),
+        weight(model, "fault.one", np.ones(1, np.int64)),
+    )
     less = op(model, scatter, "Sub", scatter.inputs[2], one)
     scatter.replace_input_with(2, op(model, scatter, "Max", less, zero))
     return {named(scatter)}
@@ -137,7 +140,9 @@ def stale_slot(model: ir.Model, layer: int) -> set[str]:
 
 def dropped_bias(model: ir.Model, layer: int) -> set[str]:
     """The bias of a query projection that has one (`with_bias`)."""
-    add = next(n for n in model.graph if any(v is not None and v.name == f"fault.bias.{layer}" for v in n.inputs))
+    add = next(
+        n for n in model.graph if any(v is not None and v.name == f"fault.bias.{layer}" for v in n.inputs)
+    )
     source = next(v for v in add.inputs if v.name != f"fault.bias.{layer}")
     readers = {named(use.node) for use in add.outputs[0].uses()}
     add.outputs[0].replace_all_uses_with(source)
@@ -177,7 +182,11 @@ def linears(model: ir.Model, layer: int) -> dict[str, ir.Node]:
         if f"layers.{layer}." not in text:
             continue
         for role in ("q", "k", "v", "o", "gate", "up", "down"):
-            if f"{role}_proj" in text or (role in "qkv" and "qkv_proj" in text) or (role == "gate" and "gate_up" in text):
+            if (
+                f"{role}_proj" in text
+                or (role in "qkv" and "qkv_proj" in text)
+                or (role == "gate" and "gate_up" in text)
+            ):
                 found[role] = node
     return found
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from porter.drift.blame.sides import Side
 
+
 @dataclass
 class Alignment:
     """`pairs`: value of the candidate -> of the reference, in the candidate's order; `dtypes` are the

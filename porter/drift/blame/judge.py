@@ -58,21 +58,25 @@ def judge(
     sites: Sequence[Site],
     measured: Measured,
     weighed: Mapping[str, Weighed],
-    margins: Margins = Margins(),  # noqa: B008 (frozen)
+    margins: Margins = Margins(),
 ) -> dict[str, Judged]:
     """By value."""
     local = {s.value: _capped(measured.local[s.value].worst) for s in sites}
     usual = _Usual(sites, lambda s: local[s.value])
     weights = _Usual([s for s in sites if s.value in weighed], lambda s: _capped(weighed[s.value].db))
     groups = _Usual([s for s in sites if s.value in weighed], lambda s: _capped(weighed[s.value].group_db))
-    slots = _Usual([s for s in sites if s.value in measured.slots], lambda s: _capped(measured.slots[s.value]))
+    slots = _Usual(
+        [s for s in sites if s.value in measured.slots], lambda s: _capped(measured.slots[s.value])
+    )
     found = {}
     for site in sites:
         own = local[site.value]
         if (w := weighed.get(site.value)) is not None and w.db < FLOAT32:
             tests = [
                 weights.test(site, _capped(w.db), margins.weight, margins.exact, "the error of its weight"),
-                groups.test(site, _capped(w.group_db), margins.group, margins.exact, "one group of its weight"),
+                groups.test(
+                    site, _capped(w.group_db), margins.group, margins.exact, "one group of its weight"
+                ),
             ]
             if math.isfinite(w.explained_db):
                 below = w.explained_db - margins.explained - own

@@ -7,7 +7,7 @@ does by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,20 +100,12 @@ class _Piece:
         return self.runner.run(fed)
 
     def _open(self, model: ir.Model, arrays: Feeds, given: Given, cut: Collection[str]) -> None:
-        nodes, inputs, weights = _closure(self.nodes, constant_nodes(model.graph))
-        opsets = model.graph.opset_imports
-        view = ir.GraphView(
-            inputs, self.answers, nodes=nodes, initializers=weights, opset_imports=opsets, name="piece"
-        )
-        apart = view.clone()
-        self.fed = {v.name: v.name for v in inputs}
-        for value in apart.inputs:
-            _typed(value, given(value.name) if value.name in cut else arrays[value.name])
-        for node in list(apart):
+        made = piece_model(model, self.nodes, self.answers, lambda n: given(n) if n in cut else arrays[n])
+        self.fed = {v.name: v.name for v in made.graph.inputs}
+        for node in list(made.graph):
             for value in node.outputs:
                 if value.name in cut and value.uses():
-                    self._cut(apart, value, given(value.name))
-        made = ir.Model(apart, ir_version=model.ir_version, functions=list(model.functions.values()))
+                    self._cut(made.graph, value, given(value.name))
         self.runner = ReferenceRunner(made, briefly=True)
 
     def _cut(self, apart: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
@@ -124,6 +116,20 @@ class _Piece:
             node.replace_input_with(index, other)
         apart.inputs.append(other)
         self.fed[other.name] = value.name
+
+
+def piece_model(model: ir.Model, nodes: list[ir.Node], outputs: Sequence[ir.Value], array: Given) -> ir.Model:
+    """Some nodes of a model as a model of their own, with the constants that they read; `array` answers one
+    of each value that comes in, which has its type and rank."""
+    ordered, inputs, weights = _closure(nodes, constant_nodes(model.graph))
+    opsets = model.graph.opset_imports
+    view = ir.GraphView(
+        inputs, outputs, nodes=ordered, initializers=weights, opset_imports=opsets, name="piece"
+    )
+    apart = view.clone()
+    for value in apart.inputs:
+        _typed(value, array(value.name))
+    return ir.Model(apart, ir_version=model.ir_version, functions=list(model.functions.values()))
 
 
 def _typed(value: ir.Value, array: np.ndarray) -> None:

@@ -5,7 +5,9 @@ A player is told tokens, tells what its values are, and takes other values in th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +30,23 @@ class Player(Protocol):
         `seen` is told the name and array of each wanted value; `given` is asked for those that are cut.
         """
         ...
+
+    def tap(self, value: str) -> None:
+        """Keep what the next step is fed (`fed`), and of a lowered program the call that makes `value`."""
+        ...
+
+    fed: Feeds
+    call: Call | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a kernel in a library: its arguments before it, in order, and which of them is the result."""
+
+    library: Path
+    kernel: str
+    arguments: Sequence[np.ndarray]
+    result: int
 
 
 class Session:
@@ -60,7 +79,13 @@ class OnnxPlayer:
         inputs = {v.name: spec(v) for v in model.graph.inputs if not v.is_initializer()}
         self._session = Session(decoder, inputs)
         self._pieces = Pieces(model, wanted, cut)
+        self.fed: Feeds = {}
+        self.call = None
 
     def step(self, tokens: np.ndarray, given: Given, seen: Seen) -> np.ndarray:
         """As `Player` says."""
-        return self._session.took(tokens, self._pieces.run(self._session.fed(tokens), given, seen))
+        self.fed = self._session.fed(tokens)
+        return self._session.took(tokens, self._pieces.run(self.fed, given, seen))
+
+    def tap(self, value: str) -> None:
+        """Nothing is overwritten here: what was fed stays as it is."""

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from porter.context import Feeds
 from porter.decoder import Decoder
 from porter.drift.blame.pieces import Given, Seen, constant_nodes
-from porter.drift.blame.player import OnnxPlayer, Player, Session
+from porter.drift.blame.player import Call, OnnxPlayer, Player, Session
 
 if TYPE_CHECKING:
     from porter.run.watched import Watched
@@ -53,8 +54,11 @@ def program(name: str, folder: Path, model: ir.Model, decoder: Decoder) -> Side:
 
     watched = Watched(folder, model)
     values = tuple(dict.fromkeys(r.name for r in watched.results))
-    return Side(name, model, decoder, values,
-                lambda wanted, cut: _ProgramPlayer(watched, decoder, wanted, cut), watched.kernels)  # fmt: skip
+
+    def player(wanted: Collection[str], cut: Collection[str]) -> Player:
+        return _ProgramPlayer(watched, decoder, wanted, cut)
+
+    return Side(name, model, decoder, values, player, watched.kernels)
 
 
 class _ProgramPlayer:
@@ -65,8 +69,20 @@ class _ProgramPlayer:
     ) -> None:
         self._watched, self._wanted, self._cut = watched, {*wanted}, {*cut}
         self._session = Session(decoder, watched.runner.inputs)
+        self._tapped = ""
+        self.fed: Feeds = {}
+        self.call: Call | None = None
 
     def step(self, tokens: np.ndarray, given: Given, seen: Seen) -> np.ndarray:
         """As `Player` says."""
         fed = self._session.fed(tokens)
-        return self._session.took(tokens, self._watched.run(fed, self._wanted, self._cut, given, seen))
+        if self._tapped:  # caches are written in place
+            self.fed = {name: np.array(array) for name, array in fed.items()}
+        outputs = self._watched.run(fed, self._wanted, self._cut, given, seen, self._tapped)
+        if self._tapped:
+            self.call = Call(*self._watched.tapped)
+        return self._session.took(tokens, outputs)
+
+    def tap(self, value: str) -> None:
+        """As `Player` says."""
+        self._tapped = value

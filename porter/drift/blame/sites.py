@@ -1,17 +1,17 @@
 """Sites: the piece of a graph that makes an aligned value of others, and what is known of it.
 
-    value      the aligned value that it makes
-    nodes      all between that value and the aligned values before it; constants (weights being decoded) apart
-    node       the one that does most: a linear layer, an attention, else the last
-    storage    what its weights are stored in, or the formats that it casts to, besides float32
+value      the aligned value that it makes
+nodes      all between that value and the aligned values before it; constants (weights being decoded) apart
+node       the one that does most: a linear layer, an attention, else the last
+storage    what its weights are stored in, or the formats that it casts to, besides float32
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 import onnx_ir as ir
 
@@ -148,8 +148,15 @@ def _module(nodes: list[ir.Node | None]) -> str:
         if weights and weights[-1].endswith(".weight"):
             return weights[-1].removesuffix(".weight")
         if readers and all(readers):
-            return os.path.commonprefix(readers).rstrip(".")
+            return _common(readers)
     return ""
+
+
+def _common(paths: list[str]) -> str:
+    """The module that all are in."""
+    parts = [path.split(".") for path in paths]
+    same = takewhile(lambda column: len({*column}) == 1, zip(*parts, strict=False))
+    return ".".join(column[0] for column in same)
 
 
 def _made_by(nodes: list[ir.Node]) -> str:

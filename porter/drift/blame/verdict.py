@@ -22,7 +22,9 @@ COLUMNS = ("share", "local", "usual", "cumul.", "kind", "node", "module", "pass"
 
 def ranked(stages: Sequence[Stage], drift: float) -> list[Suspect]:
     """The suspects of all stages, their shares as of the whole drift: those that stand out first."""
-    scaled = [replace(s, share=_of_total(s.share, stage.drift, drift)) for stage in stages for s in stage.suspects]
+    scaled = [
+        replace(s, share=_of_total(s.share, stage.drift, drift)) for stage in stages for s in stage.suspects
+    ]
 
     def key(s: Suspect) -> tuple:
         share = s.share or 0.0
@@ -74,7 +76,7 @@ def db(value: float) -> str:
 
 
 def table(suspects: Sequence[Suspect]) -> list[str]:
-    """Lines of text, not wrapped: a name that is broken cannot be searched for. Decibels; share of the drift."""
+    """Lines of text, not wrapped: a broken name cannot be searched for. Decibels; share of the drift."""
     rows = [COLUMNS, *map(_cells, suspects)]
     widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
     return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]

@@ -70,9 +70,7 @@ def weigh(
     return result
 
 
-def _weighed(
-    weight: np.ndarray, other: np.ndarray, power: np.ndarray | None, signal: float
-) -> Weighed:
+def _weighed(weight: np.ndarray, other: np.ndarray, power: np.ndarray | None, signal: float) -> Weighed:
     """`weight` and `other` are float32 [K, N]."""
     error = (other.astype(np.float64) - weight) ** 2
     squares = weight.astype(np.float64) ** 2
