@@ -47,6 +47,10 @@ class Blamed:
         """One line."""
         return verdict.line(self.stages, self.suspects, self.drift, self.unit)
 
+    def nodes(self) -> list[dict[str, object]]:
+        """A report's `nodes`: the worst first, without those that are exact."""
+        return verdict.nodes(self.suspects)
+
     def to_dict(self) -> dict[str, object]:
         """Plain JSON values: docs/blame.md says what they are."""
         return verdict.document(self)
@@ -63,6 +67,17 @@ def blame_bundle(path: Path, reference: Path | None = None, **options: object) -
         raise OptionError("PORT-0612", "blame takes a bundle", where=str(path),
                           hint="porter diff A B --blame compares any two models")  # fmt: skip
     return run(reference or source(path), path, **options)  # type: ignore[arg-type]
+
+
+def note(path: Path, found: Blamed) -> None:
+    """Write the nodes into the report of the bundle `path`, if it has one and the folder can be written."""
+    file = path / "report.json"
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        report["nodes"] = found.nodes()
+        file.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except (OSError, ValueError, TypeError):
+        return  # blame is what was asked for; the report is a courtesy
 
 
 def source(path: Path) -> Path | None:

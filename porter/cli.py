@@ -242,17 +242,20 @@ def diff(
 ) -> None:
     """Measure how far B's output is from A's, on prefill and on cached decode steps."""
     from porter.diff import diff as run
-    from porter.terminal import Stages, print_report
-
-    if blame:
-        from porter.blame import run as blamed
-
-        _blamed(lambda progress: blamed(a, b, data=data, seed=seed, progress=progress), json_)
-        return
+    from porter.terminal import Stages, print_blame, print_report
 
     with Stages(quiet=json_) as stages:
-        report = run(a, b, budget=budget, data=data, seed=seed, repeat=_command(), progress=stages.update)
-    _answer(report.to_dict(), json_, lambda: print_report(report))
+        found = _blamed(a, b, data, seed, stages.update) if blame else None
+        nodes = found.nodes() if found else ()
+        options = {"budget": budget, "data": data, "seed": seed, "repeat": _command(), "nodes": nodes}
+        report = run(a, b, progress=stages.update, **options)
+
+    def show() -> None:
+        print_report(report)
+        if found:
+            print_blame(found)
+
+    _answer(report.to_dict(), json_, show)
     if not report.ok:
         from porter.convert import over_budget
 
@@ -276,18 +279,20 @@ def blame(
     json_: Json = False,
 ) -> None:
     """Find the nodes of a bundle that its drift comes from: ONNX node, PyTorch module, pass and kernel."""
-    from porter.blame import blame_bundle
-
-    options = {"data": data, "seed": seed, "samples": samples, "top": top, "out": repro}
-    _blamed(lambda progress: blame_bundle(bundle, reference, progress=progress, **options), json_)
-
-
-def _blamed(run: Any, json_: bool) -> None:
+    from porter.blame import blame_bundle, note
     from porter.terminal import Stages, print_blame
 
+    options = {"data": data, "seed": seed, "samples": samples, "top": top, "out": repro}
     with Stages(quiet=json_) as stages:
-        found = run(stages.update)
+        found = blame_bundle(bundle, reference, progress=stages.update, **options)
+    note(bundle, found)
     _answer(found.to_dict(), json_, lambda: print_blame(found))
+
+
+def _blamed(a: Path, b: Path, data: str, seed: int, progress: Any) -> Any:
+    from porter.blame import run
+
+    return run(a, b, data=data, seed=seed, progress=progress)
 
 
 @app.command()

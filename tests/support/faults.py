@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from porter.decoder import recognise
 from porter.drift.blame.sites import named
 
 Fault = Callable[[ir.Model, int], set[str]]
@@ -23,11 +27,30 @@ def transposed(model: ir.Model, layer: int) -> set[str]:
 
 
 def shifted_scales(model: ir.Model, layer: int) -> set[str]:
-    """Every scale of one weight is that of the group before."""
+    """Every scale of one weight is that of the group before; where all are the same, those of cached keys are
+    of the head before."""
     linear = linears(model, layer)["down"]
     scale = decode_of(linear).inputs[1]
+    if np.ptp(scale.const_value.numpy()) == 0:
+        return shifted_heads(model, layer)
     replace(scale, np.roll(scale.const_value.numpy(), 1, axis=-1))
     return {named(linear)}
+
+
+def shifted_heads(model: ir.Model, layer: int) -> set[str]:
+    """The scales of one layer's new keys are those of the head before."""
+    scatter = next(n for n in model.graph if n.outputs[0].name == f"present.{layer}.key_scale")
+    count = int(scatter.inputs[0].shape[1])
+    order = weight(model, "fault.order", np.roll(np.arange(count), 1))
+    rolled = op(model, scatter, "Gather", scatter.inputs[1], order, axis=1)
+    scatter.replace_input_with(1, rolled)
+    read = {named(use.node) for use in scatter.outputs[0].uses()}
+    return {named(scatter), named(rolled.producer()), *read, named(buffer_of(model, layer))}
+
+
+def buffer_of(model: ir.Model, layer: int) -> ir.Node:
+    """What writes a layer's keys."""
+    return next(n for n in model.graph if n.outputs[0].name == f"present.{layer}.key")
 
 
 def one_scale(model: ir.Model, layer: int) -> set[str]:
@@ -35,7 +58,7 @@ def one_scale(model: ir.Model, layer: int) -> set[str]:
     linear = linears(model, layer)["down"]
     scale = decode_of(linear).inputs[1]
     array = scale.const_value.numpy().copy()
-    ratio = np.abs(np.log(array[:, 1:] / array[:, :-1]))
+    ratio = np.abs(np.log(np.abs(array[:, 1:] / array[:, :-1])))
     row, column = np.unravel_index(ratio.argmax(), ratio.shape)
     array[row, column] = array[row, column + 1]
     replace(scale, array)
@@ -64,8 +87,8 @@ def unsaturated(model: ir.Model, layer: int) -> set[str]:
 
 
 def no_epsilon(model: ir.Model, layer: int) -> set[str]:
-    """A norm without its epsilon."""
-    norm = [n for n in model.graph if n.op_type == "RMSNormalization"][2 * layer]
+    """A norm without its epsilon: the first, which reads embeddings; what the others read is larger."""
+    norm = next(n for n in model.graph if n.op_type == "RMSNormalization")
     norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.0)
     return {named(norm)}
 
@@ -253,3 +276,61 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "stale slot": (stale_slot, "int4"),
     "bias": (dropped_bias, "bias"),
 }
+
+
+# Faults in the lowered program: `lowered(…)` compiles with them what a clean model stands beside.
+
+
+@contextlib.contextmanager
+def narrow_accumulator(node: str) -> Iterator[None]:
+    """The product of this node adds up in bfloat16."""
+    from porter.lower.importer.program import Importer
+    from porter.lower.kernels import matmul as kernels
+
+    store, kernel = kernels.store, Importer.kernel
+    active = False
+
+    def rounded(buffer: Any, value: Any, *indices: Any) -> None:
+        if active and len(indices) == 1 and buffer.shape[0] > kernels.LANES:
+            value = _bfloat16(value)
+        store(buffer, value, *indices)
+
+    def made(self: Importer, key: Any, make: Callable[[], Any]) -> Any:
+        nonlocal active
+        active = self.current == node and isinstance(key, tuple)
+        try:
+            return kernel(self, (key, "narrow") if active else key, make)
+        finally:
+            active = False
+
+    kernels.store, Importer.kernel = rounded, made
+    try:
+        yield
+    finally:
+        kernels.store, Importer.kernel = store, kernel
+
+
+def _bfloat16(value: Any) -> Any:
+    """To the nearest of 8 bits of mantissa, ties to even, as bits: LLVM's own casts are not to be trusted."""
+    from porter.lower.kernels.define import T, tirx
+
+    bits = T.reinterpret("uint32", value)
+    one, half, mask = (tirx.const(n, "uint32") for n in (1, 0x7FFF, 0xFFFF0000))
+    return T.reinterpret("float32", (bits + half + ((bits >> tirx.const(16, "uint32")) & one)) & mask)
+
+
+def lowered(clean: ir.Model, faulty: ir.Model, folder: Path) -> ir.Model:
+    """What a bundle's folder holds: `clean` as its model, and the program that `faulty` compiles to."""
+    from porter import graph, target
+    from porter.convert import _bounds
+    from porter.lower.lower import lower
+
+    folder.mkdir(parents=True, exist_ok=True)
+    graph.save(faulty, folder / "faulty.onnx")
+    model = graph.load(folder / "faulty.onnx")
+    lower(model, target.load("host"), folder, _bounds(model, recognise(model)))
+    graph.save(clean, folder / "model.onnx")
+    return graph.load(folder / "model.onnx")
+
+
+ACCUMULATOR = "accumulator"  # in the lowered program alone: `narrow_accumulator`

@@ -14,7 +14,9 @@ from porter.drift.blame.measure import Measured, lockstep, measure, substituted
 from porter.drift.blame.shelf import Shelf
 from porter.drift.blame.sides import Side
 from porter.drift.blame.sites import Site, sites
+from porter.drift.blame.turned import ROUNDS, turned
 from porter.drift.blame.weighing import weigh
+from porter.errors import DriftError
 
 HOLDS = 3.0  # dB: with less, half of its power is noise, a cache is no copy of the reference's
 
@@ -77,17 +79,16 @@ def blame(
     The `top` worst are tried by substitution. Raises DriftError PORT-0611 when no values can be paired.
     """
     aligned = align(reference, candidate, _short(steps))
+    if not aligned.pairs:
+        raise DriftError("PORT-0611", "no values of the two models mean the same", where=candidate.name,
+                         hint="are both made from one checkpoint?")  # fmt: skip
     progress(0.2)
-    found = sites(reference, candidate, aligned)
-    measured = _measured(reference, candidate, aligned, steps, found)
-    if _turned(aligned, measured):
-        aligned = aligned.without(aligned.slots)
-        found = sites(reference, candidate, aligned)
-        measured = _measured(reference, candidate, aligned, steps, found)
+    looked = _look(reference, candidate, aligned, steps)
+    if _turned(aligned, looked.measured):
+        looked = _look(reference, candidate, aligned.without(aligned.slots), steps)
+    looked = _settled(looked, reference, candidate, steps)
+    aligned, found, measured, judged = looked.aligned, looked.sites, looked.measured, looked.judged
     progress(0.6)
-    signals = {n: float(sum(s.sum() for s in noise.signal)) for n, noise in measured.local.items()}
-    weighed = weigh(reference, candidate, aligned, found, measured.powers, signals)
-    judged = judge(found, measured, weighed)
     suspects = _ranked(_suspects(name, found, measured, judged))
     tried = shares(reference, candidate, aligned, steps, suspects[:top], measured.drift)
     progress(1.0)
@@ -97,11 +98,34 @@ def blame(
     )  # fmt: skip
 
 
-def _measured(
-    reference: Side, candidate: Side, aligned: Alignment, steps: Sequence[np.ndarray], found: Sequence[Site]
-) -> Measured:
+@dataclass(frozen=True)
+class _Look:
+    """One measurement with one alignment."""
+
+    aligned: Alignment
+    sites: list[Site]
+    measured: Measured
+    judged: dict[str, Judged]
+
+
+def _look(reference: Side, candidate: Side, aligned: Alignment, steps: Sequence[np.ndarray]) -> _Look:
+    found = sites(reference, candidate, aligned)
     channels = {str(s.node.inputs[0].name) for s in found if s.op == "MatMul"}
-    return measure(reference, candidate, aligned, steps, channels)
+    measured = measure(reference, candidate, aligned, steps, channels)
+    signals = {n: float(sum(s.sum() for s in noise.signal)) for n, noise in measured.local.items()}
+    weighed = weigh(reference, candidate, aligned, found, measured.powers, signals)
+    return _Look(aligned, found, measured, judge(found, measured, weighed))
+
+
+def _settled(look: _Look, reference: Side, candidate: Side, steps: Sequence[np.ndarray]) -> _Look:
+    """Without values that a pass stores otherwise; as it was where that explains nothing."""
+    first = look
+    for _ in range(ROUNDS):
+        values = turned(look.sites, look.measured, look.judged) - {candidate.decoder.output}
+        if not values:
+            return look
+        look = _look(reference, candidate, look.aligned.without(values), steps)
+    return first
 
 
 def _turned(aligned: Alignment, measured: Measured) -> bool:
@@ -176,6 +200,8 @@ def _with_share(suspect: Suspect, left: dict[str, float], i: int, drift: float) 
     if not drift > 0:
         return suspect
     before, after = left[f"{i} before"], left[f"{i} after"]
+    if math.isfinite(drift) and max(before, after) > 2 * drift:
+        return suspect  # reference values among others only made it worse: it tells nothing
     share = (before - after) / drift if math.isfinite(drift) else float(math.isfinite(after))
     return replace(suspect, share=share)
 

@@ -36,8 +36,8 @@ LIKE = 4  # with fewer of the same operator and storage, all of the same kind ar
 class Margins:
     """How far below its like a site has to be, in dB, however little they differ among themselves."""
 
-    weight: float = 3.0
-    group: float = 4.0
+    weight: float = 4.0
+    group: float = 8.0
     explained: float = 6.0
     slot: float = 8.0
     local: float = 8.0

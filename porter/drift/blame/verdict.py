@@ -121,6 +121,11 @@ def entry(suspect: Suspect) -> dict[str, object]:
     }
 
 
+def nodes(suspects: Sequence[Suspect]) -> list[dict[str, object]]:
+    """The worst first, without those that are exact."""
+    return [entry(s) for s in suspects if s.kind != "exact"]
+
+
 def document(found: Blamed) -> dict[str, object]:
     """All of it as plain JSON values."""
     stages: list[Mapping[str, object]] = [
@@ -138,8 +143,7 @@ def document(found: Blamed) -> dict[str, object]:
         "unit": found.unit,
         "feeds": found.texts,
         "stages": stages,
-        "nodes": [entry(s) for s in found.suspects if s.kind != "exact"]
-        or [entry(s) for s in found.suspects[:1]],
+        "nodes": nodes(found.suspects),
         "repro": str(found.repro) if found.repro else None,
         "float32_db": FLOAT32,
     }
