@@ -37,6 +37,8 @@ class Outcome:
     named: bool
     spikes: int
     stage: Stage
+    reference: sides.Side
+    candidate: sides.Side
 
     @property
     def line(self) -> str:
@@ -71,7 +73,7 @@ def planted(path: Path, fault: str, steps: Sequence[np.ndarray], top: int = 2) -
     plant, port = faults.FAULTS[fault]
     source, model = ported(path, port)
     right = plant(model, LAYER)
-    return _outcome(fault, right, blame("passes", side("source", source), side("port", model), steps, top))
+    return _outcome(fault, right, "passes", side("source", source), side("port", model), steps, top)
 
 
 def planted_lowered(
@@ -90,9 +92,19 @@ def planted_lowered(
         model = faults.lowered(clean, faulty, folder)
     meaning = recognise(model)
     program = sides.program("program", folder, model, meaning)
-    return _outcome(fault, right, blame("lowering", sides.onnx("model", model, meaning), program, steps, top))
+    return _outcome(fault, right, "lowering", sides.onnx("model", model, meaning), program, steps, top)
 
 
-def _outcome(fault: str, right: set[str], stage: Stage) -> Outcome:
+def _outcome(
+    fault: str,
+    right: set[str],
+    name: str,
+    reference: sides.Side,
+    candidate: sides.Side,
+    steps: Sequence[np.ndarray],
+    top: int,
+) -> Outcome:
+    stage = blame(name, reference, candidate, steps, top)
     first, spikes = stage.suspects[0], [s for s in stage.suspects if s.kind == "spike"]
-    return Outcome(fault, first.kind == "spike" and first.site.name in right, len(spikes), stage)
+    right_one = first.kind == "spike" and first.site.name in right
+    return Outcome(fault, right_one, len(spikes), stage, reference, candidate)

@@ -58,6 +58,8 @@ def one_scale(model: ir.Model, layer: int) -> set[str]:
     linear = linears(model, layer)["down"]
     scale = decode_of(linear).inputs[1]
     array = scale.const_value.numpy().copy()
+    if np.ptp(array) == 0:
+        return shifted_heads(model, layer)
     ratio = np.abs(np.log(np.abs(array[:, 1:] / array[:, :-1])))
     row, column = np.unravel_index(ratio.argmax(), ratio.shape)
     array[row, column] = array[row, column + 1]

@@ -38,10 +38,7 @@ def test_a_fault_of_a_kernel_is_named_and_its_repro_shows_it(stories_onnx: Path,
     # bfloat16 has 8 bits: 172 sums lose some 40 dB more than none, and nothing is left of float32's 144 dB.
     assert 20 < first.local_db < 60
     assert first.share > 0.9
-    model = blamed.graph.load(folder / "model.onnx")
-    meaning = blamed.recognise(model)
-    sides = (blamed.sides.onnx("model", model, meaning),
-             blamed.sides.program("program", folder, model, meaning))  # fmt: skip
+    sides = outcome.reference, outcome.candidate
     repro.write(tmp_path / "repro", first, outcome.stage, *sides, STEPS)
     found = replay(tmp_path / "repro")
     assert found["onnx"] > 120
