@@ -232,34 +232,61 @@ def run(
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(help="The reference: an ONNX file or a bundle.")],
-    b: Annotated[Path, typer.Argument(help="What is measured against it: an ONNX file or a bundle.")],
+    a: Annotated[
+        Path,
+        typer.Argument(
+            help="The reference: an ONNX file or a bundle. Alone, with --against: a bundle or a report.json."
+        ),
+    ],
+    b: Annotated[
+        Path | None, typer.Argument(help="What is measured against it: an ONNX file or a bundle.")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="An earlier report.json, or its bundle; exit code 3 when a measure got worse."),
+    ] = None,
     budget: Budget = "",
     data: Data = "",
     seed: Seed = 0,
     blame: Annotated[bool, typer.Option("--blame", help="Find the nodes that the drift comes from.")] = False,
     json_: Json = False,
 ) -> None:
-    """Measure how far B's output is from A's, on prefill and on cached decode steps."""
+    """Measure how far B's output is from A's, on prefill and on cached decode steps; or a report from an
+    earlier one."""
     from porter.diff import diff as run
-    from porter.terminal import Stages, print_blame, print_report
+    from porter.report import baseline
+    from porter.terminal import Stages, print_against, print_blame, print_report
 
-    with Stages(quiet=json_) as stages:
-        found = _blamed(a, b, data, seed, stages.update) if blame else None
-        nodes = found.nodes() if found else ()
-        options = {"budget": budget, "data": data, "seed": seed, "repeat": _command(), "nodes": nodes}
-        report = run(a, b, progress=stages.update, **options)
+    if against is not None:
+        baseline.read(against)  # before any work
+    report = found = None
+    if b is not None:
+        with Stages(quiet=json_) as stages:
+            found = _blamed(a, b, data, seed, stages.update) if blame else None
+            options = {"budget": budget, "data": data, "seed": seed, "repeat": _command()}
+            nodes = found.nodes() if found else ()
+            report = run(a, b, progress=stages.update, nodes=nodes, **options)
+    elif against is None:
+        hint = "porter diff A B, or --against BASELINE"
+        raise OptionError("PORT-0623", "there is nothing to measure it against", where=str(a), hint=hint)
+    document = report.to_dict() if report is not None else baseline.read(a)
+    beside = baseline.against(document, against) if against is not None else None
 
     def show() -> None:
-        print_report(report)
-        if found:
+        if report is not None:
+            print_report(report)
+        if found is not None:
             print_blame(found)
+        if beside is not None:
+            print_against(beside)
 
-    _answer(report.to_dict(), json_, show)
-    if not report.ok:
+    _answer(document | ({"against": beside.to_json()} if beside is not None else {}), json_, show)
+    if report is not None and not report.ok:
         from porter.convert import over_budget
 
         raise over_budget(report)
+    if beside is not None and not beside.ok:
+        raise beside.refusal()
 
 
 @app.command()
@@ -336,8 +363,12 @@ def explain(
 def estimate(
     model: Annotated[Path | None, typer.Argument(help="An ONNX decoder or a bundle.")] = None,
     target: Annotated[
-        str, typer.Option(help="Targets with commas between: names, paths of a .toml, or 'all'.")
-    ] = "all",
+        str,
+        typer.Option(
+            help="Targets with commas between: names, paths of a .toml, or 'all'. Default: that of a bundle "
+            "for a chip of family tile, else all."
+        ),
+    ] = "",
     config: Annotated[
         Path | None,
         typer.Option(help="A Hugging Face config.json instead of a model; no weights are needed."),
@@ -346,8 +377,15 @@ def estimate(
     activations: Annotated[str, typer.Option(help="Format that linear layers multiply in, as fp8.")] = "",
     kv: Annotated[str, typer.Option(help="KV-cache scheme. Default: what the model has, else fp16.")] = "",
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
-    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step is timed.")] = 4096,
+    prompt: Annotated[
+        int, typer.Option(min=0, help="Tokens of a prompt (0: 512, or as many as the model takes).")
+    ] = 0,
+    context: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Tokens in the cache when a step is timed (0: 4096, or as many as the model takes)."
+        ),
+    ] = 0,
     tp: Annotated[int, typer.Option(min=1, help="Chips that share each matrix.")] = 1,
     json_: Json = False,
 ) -> None:
@@ -357,10 +395,11 @@ def estimate(
     from porter.terminal import print_rows
 
     options = Options(weights, activations, kv, batch, prompt, context, tp)
-    found = compare.compare(compare.load_model(model, config), target, options)
+    lowered = compare.load_lowered(model)
+    found = compare.compare(compare.load_model(model, config), target, options, lowered)
 
     def table() -> None:
-        print_rows([compare.row(e) for e in found.estimates], compare.COLUMNS)
+        print_rows(compare.rows(found), compare.COLUMNS)
         print(*map(clean, compare.lines(found)), sep="\n")
 
     _answer([e.to_dict() for e in found.estimates], json_, table)

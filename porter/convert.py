@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import shutil
 import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +18,11 @@ from porter import __version__, bundle, decoder, graph, memory, target
 from porter.calibrate.feeds import calibration
 from porter.context import Context
 from porter.drift import budget as budgets
+from porter.drift.attribution import Trail
 from porter.drift.measure import tokenizer_files
 from porter.errors import DriftError
-from porter.evidence import gather, measured, standard
+from porter.estimate import lowered
+from porter.evidence import Port, gather, measured, standard
 from porter.options import Options, Progress, pipeline_text, single_tokens
 from porter.pipeline import Pipeline, Step
 from porter.provenance import Provenance
@@ -42,8 +47,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
     Past a budget, raises DriftError PORT-0605 with the `report` on it, and leaves no bundle (unless
     `options.keep`). Other failures are PorterErrors of the step they happen in, and leave nothing either.
     """
-    started = time.perf_counter()
-    limit = memory.parse(options.max_memory)
+    started, limit = time.perf_counter(), memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
     bundle.remove_stale(out.absolute())
@@ -63,14 +67,17 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             if reference.whole:
                 reference.close()
             progress("passes", 0.0)
-            steps = run_passes(pipeline, model, Context(spec, calibrated.feeds, options.seed), progress)
-            ported = decoder.recognise(model)
-            kept = _kept(model, pipeline)
+            trail = Trail(pipeline, folder / ".trail", evidence.unattributed)
+            steps = run_passes(
+                pipeline, model, Context(spec, calibrated.feeds, options.seed), progress, trail
+            )
+            ported, kept = decoder.recognise(model), _kept(model, pipeline)
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
-            lowered = _lower(standard(model), spec, folder, ported, progress)
-            found = measured(evidence, feeds, model, ported, folder, progress)
+            made, times = _lower(standard(model), options.target, folder, ported, progress)
+            port = Port(source, model, ported, folder, trail, steps, _exactly(model, spec, ported))
+            found = measured(evidence, feeds, port, progress)
             facts = _facts(source, spec, pipeline, options) | {"calibration": dict(calibrated.facts)}
             bundle.write_manifest(folder, ported, facts)
             progress("measure", 1.0)
@@ -83,29 +90,23 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 stages=[Stage(s.name, s.promise.value, s.edits, s.seconds) for s in steps],
                 kept=kept,
                 kinds=_kinds(spec, executed=found.executed),
-                placement=lowered.placement,
-                attention=found.heads,
-                recomputed=found.recomputed,
-                memory=figures.of(source, model, lowered, ported, evidence.plan, watch),
+                placement=made.placement,
+                **found.told(),
+                estimate=times,
+                memory=figures.of(source, model, made, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
                 calibration=calibrated.facts,
                 repeat=options.repeat,
                 versions=facts["versions"],
             )
-            _write_reports(report, folder)
-            _hold_budget(report, options)
+            _finish(report, folder, options)
     return report
 
 
 def _kinds(spec: TargetSpec, *, executed: bool) -> dict[str, str]:
     """How the lowered program's drift came about: by the target itself, or by what computes as it would."""
     return {} if executed or spec.family == "host" else dict.fromkeys(("total", "lowering"), "simulated")
-
-
-def _hold_budget(report: DriftReport, options: Options) -> None:
-    if not report.ok and not options.keep:
-        raise over_budget(report)
 
 
 def _checked(progress: Progress, watch: memory.Watch) -> Progress:
@@ -123,20 +124,25 @@ def _kept(model: ir.Model, pipeline: Pipeline) -> list[select.Kept]:
     return select.kept(model.graph) if any(isinstance(p, WeightPass) for p in pipeline.passes) else []
 
 
-def run_passes(pipeline: Pipeline, model: ir.Model, context: Context, progress: Progress) -> list[Step]:
-    """Run the pipeline, telling how far it is; each node then says which pass made it what it is."""
-    done, provenance = 0, Provenance(model)
+def run_passes(
+    pipeline: Pipeline, model: ir.Model, context: Context, progress: Progress, trail: Trail | None = None
+) -> list[Step]:
+    """Run the pipeline, telling how far it is, and leave a `trail`; nodes then say which pass made them."""
+    places, provenance = count(), Provenance(model)
 
-    def watch(step: object, model: ir.Model) -> None:
-        nonlocal done
+    def reached(done: int, model: ir.Model) -> None:
         if done:
             provenance.after(pipeline.passes[done - 1].name, model)
+        if trail is not None:
+            trail.reached(done, model)
+
+    def watch(step: object, model: ir.Model) -> None:
+        done = next(places)
         progress("passes", done / len(pipeline.passes))
-        done += 1
+        reached(done, model)
 
     steps = pipeline.run(model, context, watch)
-    if done:
-        provenance.after(pipeline.passes[done - 1].name, model)
+    reached(len(pipeline.passes), model)
     return steps
 
 
@@ -150,13 +156,29 @@ def over_budget(report: DriftReport) -> DriftError:
 
 
 def _lower(
-    model: ir.Model, spec: TargetSpec, folder: Path, ported: decoder.Decoder, progress: Progress
-) -> Plan:
-    """Lower the model as saved, so that weights are mapped from the bundle and not computed again."""
+    model: ir.Model, name: str, folder: Path, ported: decoder.Decoder, progress: Progress
+) -> tuple[Plan, dict[str, Any] | None]:
+    """Lower the model as saved, so that weights are mapped from the bundle and not computed again.
+
+    Of family tile also what the scheduled program takes, simulated; the target's file stays with it.
+    """
     progress("lower", 0.0)
     from porter.lower.lower import lower
 
-    return lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
+    spec = target.load(name)
+    made = lower(model, spec, folder, _bounds(model, ported), lambda f: progress("lower", f))
+    if spec.family != "tile":
+        return made, None
+    (folder / lowered.TARGET).write_bytes(target.text(name))
+    return made, lowered.Lowered.read(folder, ported).report()
+
+
+def _exactly(model: ir.Model, spec: TargetSpec, ported: decoder.Decoder) -> Callable[[Path], object] | None:
+    """What lowers the model for a host that computes in float32; None where the target is one."""
+    host = target.load("host")
+    if spec.family == host.family:
+        return None
+    return lambda folder: _lower(standard(model), host.name, folder, ported, lambda stage, fraction: None)
 
 
 def _bounds(model: ir.Model, ported: decoder.Decoder) -> dict[str, int]:
@@ -176,10 +198,14 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / "tokenizer" / file.name)
 
 
-def _write_reports(report: DriftReport, folder: Path) -> None:
+def _finish(report: DriftReport, folder: Path, options: Options) -> None:
+    """Write the report in its forms, and hold the port to its budget."""
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-    (folder / "report.html").write_text(html.to_html(report), encoding="utf-8")
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    (folder / "report.html").write_text(html.to_html(report, plan), encoding="utf-8")
     (folder / "report.junit.xml").write_text(junit.to_xml(report), encoding="utf-8")
+    if not report.ok and not options.keep:
+        raise over_budget(report)
 
 
 def _facts(source: Path, spec: TargetSpec, pipeline: Pipeline, options: Options) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import onnx_ir as ir
 
 from porter import graph, rewrite, target
 from porter.context import Context
@@ -40,6 +43,33 @@ def explain(rule: str, path: Path, target_name: str = "host") -> dict[str, Any]:
         "edits": step.run(model, Context(spec)),
         "near_misses": [asdict(m) for m in misses if m.matched > 1 or why_not],
     }
+
+
+@dataclass(frozen=True)
+class Misses:
+    """Near-misses of one rule for one reason: how many, and the closest (see `porter.rewrite.NearMiss`)."""
+
+    rule: str
+    reason: str
+    count: int
+    node: str
+    op: str
+    matched: int
+    failed: str
+
+
+def near_misses(passes: Sequence[Pass], model: ir.Model) -> list[Misses]:
+    """Where the rewriting passes among these nearly apply to what they left of `model`, by reason."""
+    found: dict[tuple[str, str], list[rewrite.NearMiss]] = {}
+    for step in passes:
+        for miss in rewrite.explain(step, model) if isinstance(step, rewrite.Rewrite) else []:
+            if miss.matched > 1:
+                found.setdefault((f"{step.name}: {miss.rule}", miss.reason), []).append(miss)
+    return [
+        Misses(rule, reason, len(all_), m.node, m.op, m.matched, m.failed)
+        for (rule, reason), all_ in found.items()
+        for m in all_[:1]
+    ]
 
 
 def _refusal(step: Pass, refusal: Refusal | None) -> list[rewrite.NearMiss]:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from porter.blame import Blamed
+    from porter.report.baseline import Against
     from porter.report.report import DriftReport
 
 
@@ -71,6 +72,13 @@ def print_report(report: DriftReport) -> None:
     from porter.report.terminal import show
 
     show(report, Console())
+
+
+def print_against(found: Against) -> None:
+    """A report beside its baseline."""
+    from porter.report.terminal import against
+
+    Console().print(against(found))
 
 
 def print_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:

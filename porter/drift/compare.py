@@ -221,6 +221,8 @@ def _in_turn(
                     add(pair, answers[a], answers[b], step)
             if name in records:
                 records[name].append(answer)
+        later = {other for pair in pairs.values() if set(pair) & set(order[i + 1 :]) for other in pair}
+        records = {other: record for other, record in records.items() if other in later}
         done(name)
 
 

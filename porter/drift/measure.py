@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -176,15 +177,19 @@ def measure(
     progress: Fraction,
     folder: Path | None = None,
     single: int = 0,
+    pairs: Mapping[str, tuple[str, str]] = MappingProxyType({}),
 ) -> dict[str, Comparison]:
-    """Compare candidates with the reference; given "passes" and "total", also those two, as "lowering".
+    """Compare candidates with the reference, and with each other as `pairs` asks for; given "passes" and
+    "total", also those two, as "lowering".
 
     The models are open one after the other. Logits of one that others are compared with wait in `folder`.
     `single` > 0: so many tokens before each context length (64, 128, 256, …) go through the cache one at a
     time, and drift by context length is theirs; 0: 64 at the end of each text.
     """
     feeds.check(reference.vocabulary)
-    also = {"lowering": ("passes", "total")} if {"passes", "total"} <= candidates.keys() else {}
+    also = dict(pairs)
+    if {"passes", "total"} <= candidates.keys():
+        also["lowering"] = ("passes", "total")
     everything = [reference, *candidates.values()]
     window = min((n for r in everything for n in (r.decoder.capacity, r.decoder.context) if n), default=None)
 

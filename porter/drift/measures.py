@@ -35,7 +35,8 @@ class Drift:
     change of the true token's probability, 0 to 1. `ppl` is the candidate's perplexity, `ppl_ratio` that over
     the reference's. `max_abs` and `sqnr_db` compare the outputs themselves: the largest difference, and
     10 log10 of signal over noise power (inf when equal). `cosine`, a mean over hidden vectors, is for models
-    without logits, whose other fields but `max_abs`, `sqnr_db` and `tokens` are None.
+    without logits, whose other fields but `max_abs`, `sqnr_db` and `tokens` are None. `…_ci95` is the half
+    width of the 95 % interval of a measure that is a mean, or follows from means.
 
     A candidate that is not a number somewhere has there infinite KL, no agreement, infinite error.
     """
@@ -51,11 +52,18 @@ class Drift:
     sqnr_db: float | None = None
     tokens: int = 0
     cosine: float | None = None
+    top1_ci95: float | None = None
+    rms_dp_ci95: float | None = None
+    ppl_ratio_ci95: float | None = None
+    sqnr_db_ci95: float | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON values in field order; `cosine` only where there is one. See `number`."""
+        """Plain JSON values in field order; what not every model has only where it is known. See `number`."""
         pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return {name: number(value) for name, value in pairs if name != "cosine" or value is not None}
+        return {name: number(value) for name, value in pairs if name not in OPTIONAL or value is not None}
+
+
+OPTIONAL = ("cosine", "top1_ci95", "rms_dp_ci95", "ppl_ratio_ci95", "sqnr_db_ci95")
 
 
 def number(value: float | None) -> float | str | None:
@@ -155,19 +163,27 @@ def summarize(scores: Scores, text: np.ndarray) -> Drift:
     common = {
         "max_abs": float(scores.error.max()),
         "sqnr_db": _decibels(scores.signal.sum(), scores.noise.sum()),
+        "sqnr_db_ci95": _decibels_half_width(scores.signal, scores.noise, text),
     }
     if np.isnan(scores.kl).all():  # hidden states: `score` itself never leaves a NaN here
         return Drift(**common, cosine=float(scores.cosine.mean()), tokens=n)
     mean = float(scores.kl.mean())
     reference, candidate = float(scores.nll_reference.mean()), float(scores.nll_candidate.mean())
+    rms_dp = float(np.sqrt(np.mean(scores.dp**2)))
+    ppl_ratio = _exp(candidate - reference) if math.isfinite(reference) else math.nan
+    with np.errstate(invalid="ignore"):
+        change = scores.nll_candidate - scores.nll_reference
     return Drift(
         kl_mean=mean,
         kl_ci95=half_width(scores.kl, text),
         kl_p999=float(np.partition(scores.kl, (rank := math.ceil(0.999 * n) - 1))[rank]),
         top1=float(scores.agree.mean()),
-        rms_dp=float(np.sqrt(np.mean(scores.dp**2))),
+        top1_ci95=half_width(scores.agree.astype(float), text),
+        rms_dp=rms_dp,
+        rms_dp_ci95=_scaled(half_width(scores.dp**2, text), 0.5 / rms_dp if rms_dp else 0.0),
         ppl=_exp(candidate),
-        ppl_ratio=_exp(candidate - reference) if math.isfinite(reference) else math.nan,
+        ppl_ratio=ppl_ratio,
+        ppl_ratio_ci95=_scaled(half_width(change, text), ppl_ratio),
         tokens=n,
         **common,
     )
@@ -192,6 +208,23 @@ def half_width(values: np.ndarray, text: np.ndarray) -> float | None:
     spread = np.bincount(clusters, weights=values) - values.mean() * count
     variance = groups / (groups - 1) * float(spread @ spread) / len(values) ** 2
     return student_t975(groups - 1) * math.sqrt(variance)
+
+
+def _scaled(width: float | None, slope: float) -> float | None:
+    """The half width of f(mean) with that derivative there (the delta method: to first order)."""
+    if width is None or not (math.isfinite(width) and math.isfinite(slope)):
+        return None if width is None else math.inf
+    return width * abs(slope)
+
+
+def _decibels_half_width(signal: np.ndarray, noise: np.ndarray, text: np.ndarray) -> float | None:
+    """That of 10 log10 of a ratio of sums: its residuals, noise less ratio times signal, are a mean's."""
+    total, power = float(noise.sum()), float(signal.sum())
+    if not power or not total:
+        return None
+    with np.errstate(invalid="ignore"):
+        residuals = (noise - total / power * signal) / signal.mean()
+    return _scaled(half_width(residuals, text), 10 / math.log(10) * power / total)
 
 
 def student_t975(freedom: int) -> float:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from porter import kv
 from porter.errors import OptionError
 from porter.estimate.collectives import collective
+from porter.estimate.lowered import CONTEXT, PROMPT, Lowered, parts
 from porter.estimate.model import Model
 from porter.estimate.needs import Bytes, cache_bits, chips_needed, needed
-from porter.estimate.timing import Bound, Kind, Time, Timer, bandwidth, roofline
+from porter.estimate.timing import Bound, Kind, Part, bandwidth, roofline
 from porter.estimate.work import Step, Stored, Work, kernels
+from porter.simulate import KIND
 from porter.target import TargetSpec
 from porter.target.placing import WIDE, base
 
@@ -23,29 +25,17 @@ PER_HOUR = 3600.0
 @dataclass(frozen=True)
 class Options:
     """What is asked: `batch` rows with prompts of `prompt` tokens, caches that reach `context` tokens (at
-    least the prompt's), over `tp` chips. `weights`, `activations` and `kv` are formats and a scheme as the
-    command line takes them; "" means what the model has, else BF16, BF16 and FP16."""
+    least the prompt's), over `tp` chips. 0 means 512 and 4,096, or as many as the model takes. `weights`,
+    `activations` and `kv` are formats and a scheme as the command line takes them; "" means what the model
+    has, else BF16, BF16 and FP16."""
 
     weights: str = ""
     activations: str = ""
     kv: str = ""
     batch: int = 1
-    prompt: int = 512
-    context: int = 4096
+    prompt: int = 0
+    context: int = 0
     tp: int = 1
-
-
-@dataclass(frozen=True)
-class Part:
-    """All runs of a kernel in a step and how long they take together."""
-
-    work: Work
-    time: Time
-
-    @property
-    def seconds(self) -> float:
-        """Of all runs."""
-        return self.work.count * self.time.seconds
 
 
 @dataclass(frozen=True)
@@ -63,6 +53,7 @@ class Estimate:
     usd_per_hour: float | None
     terms: str
     watts: float | None
+    program: Mapping[str, Any] | None = None  # simulated kernel by kernel, where the bundle's own program was
 
     @property
     def prefill_s(self) -> float:
@@ -99,9 +90,8 @@ class Estimate:
 
     @property
     def kind(self) -> Kind:
-        """`simulated` when every kernel that is no collective was, else `estimated`."""
-        kinds = {part.time.kind for part in self.decode if not part.work.kernel.startswith("all-")}
-        return kinds.pop() if len(kinds) == 1 else "estimated"
+        """`simulated` where the times are those of a bundle's own program, else `estimated`."""
+        return "estimated" if self.program is None else KIND
 
     @property
     def assumed(self) -> tuple[str, ...]:
@@ -134,15 +124,17 @@ class Estimate:
             "joules_per_token": self.joules_per_token,
             "bound_by": self.bound_by,
             "kind": self.kind,
+            "program": self.program,
         }
 
 
-def estimate(model: Model, spec: TargetSpec, options: Options, timer: Timer = roofline) -> Estimate:
-    """What the model takes on a target; `timer` times its kernels, collectives aside.
+def estimate(model: Model, spec: TargetSpec, options: Options, lowered: Lowered | None = None) -> Estimate:
+    """What the model takes on a target; with `lowered`, by the program that the target's own bundle has.
 
-    Raises OptionError PORT-0333 for a number of chips that does not divide the heads; SpecError PORT-0332 for
-    a target that says too little, PORT-0338 for weights that it does not multiply; TargetError PORT-0334 when
-    no link joins the chips; and what reading a format or scheme raises.
+    Raises OptionError PORT-0333 for a number of chips that does not divide the heads, PORT-0339 for sizes
+    that a bundle's program does not take; SpecError PORT-0332 for a target that says too little, PORT-0338
+    for weights that it does not multiply; TargetError PORT-0334 when no link joins the chips; and what
+    reading a format or scheme raises.
     """
     bandwidth(spec)  # refuses a target that says nothing, before anything else
     asked = _settled(model, spec, options)
@@ -159,8 +151,21 @@ def estimate(model: Model, spec: TargetSpec, options: Options, timer: Timer = ro
         return needed(model, stored(tp), scheme, asked.batch, asked.prompt, asked.context)
 
     def timed(step: Step) -> tuple[Part, ...]:
-        return tuple(_timed(kernels(model, spec, step, stored(asked.tp)), spec, asked.tp, timer))
+        return tuple(_timed(kernels(model, spec, step, stored(asked.tp)), spec, asked.tp))
 
+    if lowered is None:
+        prefill, decode = (
+            timed(Step(asked.batch, asked.prompt, 0)),
+            timed(Step(asked.batch, 1, asked.context - 1)),
+        )
+        program = None
+    else:
+        steps = (
+            lowered.prefill(asked.batch, asked.prompt),
+            lowered.decode(asked.batch, asked.context),
+        )
+        prefill, decode = map(parts, steps)
+        program = lowered.told(*steps, asked.batch, asked.prompt, asked.context)
     fits = held(asked.tp).total <= next(iter(spec.memory.values())).size.value
     return Estimate(
         spec.name,
@@ -168,11 +173,12 @@ def estimate(model: Model, spec: TargetSpec, options: Options, timer: Timer = ro
         asked.tp if fits else chips_needed(model, spec, held),
         fits,
         held(asked.tp),
-        timed(Step(asked.batch, asked.prompt, 0)),
-        timed(Step(asked.batch, 1, asked.context - 1)),
+        prefill,
+        decode,
         float(spec.price.per_hour.value) if spec.price else None,
         spec.price.terms if spec.price else "",
         float((spec.power.provisioned or spec.power.design).value) if spec.power else None,
+        program,
     )
 
 
@@ -184,19 +190,24 @@ def _settled(model: Model, spec: TargetSpec, options: Options) -> Options:
         raise OptionError("PORT-0333", what, where="--tp", hint=f"one of {', '.join(map(str, fitting))}")
     weights = spec.flavour(options.weights or next((w.weights for w in model.linears if w.weights), "bf16"))
     activations = "" if options.activations in ("bf16", "fp16", "fp32") else spec.flavour(options.activations)
-    context = max(options.context, options.prompt)
+    most = model.tokens or CONTEXT
+    prompt = options.prompt or min(PROMPT, most)
+    context = max(options.context or min(CONTEXT, most), prompt)
     return replace(
         options,
         weights=weights,
         activations=activations,
         kv=options.kv or model.kv or "fp16",
+        prompt=prompt,
         context=context,
     )
 
 
-def _timed(found: Iterable[Work], spec: TargetSpec, tp: int, timer: Timer) -> Iterable[Part]:
+def _timed(found: Iterable[Work], spec: TargetSpec, tp: int) -> Iterable[Part]:
     for work in found:
-        yield Part(work, collective(work, spec, tp) if work.kernel.startswith("all-") else timer(work, spec))
+        yield Part(
+            work, collective(work, spec, tp) if work.kernel.startswith("all-") else roofline(work, spec)
+        )
 
 
 def split(parts: Iterable[Part]) -> dict[Bound, float]:

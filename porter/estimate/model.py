@@ -60,7 +60,8 @@ class Between:
 class Model:
     """A decoder. `head` makes logits; `tied` when its matrix is the embedding's. `small` are the parameters
     of norms, biases and tables of positions, which stay 16 bits wide. `reduced`: sums over the hidden size
-    that tensor parallelism takes for each token. `kv` is the scheme of its cache where it has one of its own.
+    that tensor parallelism takes for each token. `kv` is the scheme of its cache where it has one of its own;
+    `tokens` the most that it takes in a row, 0 where it does not say.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Model:
     small: int
     reduced: int
     kv: str = ""
+    tokens: int = 0
 
     @property
     def layers(self) -> int:

@@ -89,8 +89,20 @@ class _Reader:
         held = sum(w.stored * w.count for w in counted) + head.stored
         held += 0 if tied else head.n * hidden * WORD
         small = max(0, graph.weight_bytes(self.ir) - held) // WORD  # what is left, whatever its type
+        tokens = min((n for n in (self.decoder.capacity, self.decoder.context) if n), default=0)
         return Model(
-            self.name, hidden, head.n, counted, attention, between, head, tied, small, 2 * layers, self.kv
+            self.name,
+            hidden,
+            head.n,
+            counted,
+            attention,
+            between,
+            head,
+            tied,
+            small,
+            2 * layers,
+            self.kv,
+            tokens,
         )
 
     def _linear(self, node: ir.Node, hidden: int) -> Linear:

@@ -1,4 +1,4 @@
-"""Timing: how long one kernel takes on a chip. The roofline reads the spec; a simulator may stand there.
+"""Timing: how long one kernel takes on a chip, by a roofline of its spec.
 
     time = fixed + (C^p + M^p)^(1/p)    C = operations / (compute * peak)    M = bytes / (memory * bandwidth)
 
@@ -10,7 +10,7 @@ have a least time, the operand that moves past the other may be as short as that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,8 @@ Bound = Literal["compute", "memory", "overhead", "links"]
 class Time:
     """Seconds of one run of a kernel: `fixed` ones, and those that `compute` and `memory` alone would take.
 
-    `links` are a collective's beyond `fixed`. `assumed` are the constants that no file has, by name.
+    `links` are a collective's beyond `fixed`. `assumed` are the constants that no file has, by name. Of a
+    simulated kernel all seconds are those of what binds it.
     """
 
     seconds: float
@@ -40,8 +41,18 @@ class Time:
     assumed: tuple[str, ...] = ()
 
 
-Timer = Callable[[Work, TargetSpec], Time]
-"""What times a kernel other than a collective: `roofline`, or a simulator of the lowered program."""
+@dataclass(frozen=True)
+class Part:
+    """All runs of a kernel in a step and how long they take together."""
+
+    work: Work
+    time: Time
+
+    @property
+    def seconds(self) -> float:
+        """Of all runs."""
+        return self.work.count * self.time.seconds
+
 
 ASSUMED = {
     "compute": (0.75, "the middle of what GPUs reach in BF16 products"),

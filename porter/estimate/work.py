@@ -1,4 +1,4 @@
-"""Work: the kernels of one step, what each computes and moves; the one description that all timers read."""
+"""Work: the kernels of one step, what each computes and moves; as the roofline reads it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from porter.estimate.model import Attention, Between, Linear, Model
 from porter.target import TargetSpec, placement
 from porter.target.placing import WIDE, base
 
-Kernel = Literal["gemm", "decode-attention", "prefill-attention", "copy", "all-reduce", "all-gather"]
+Kernel = Literal[
+    "gemm", "decode-attention", "prefill-attention", "copy", "all-reduce", "all-gather", "lowered"
+]
 WORD = 2  # bytes of an activation
 
 
@@ -24,7 +26,7 @@ class Work:
     pass the outermost memory. `weights` is the stored format of a product, `activations` the other operand's
     where the unit multiplies it as it is, `shape` its [m, n, k] (`groups`
     of them in one run), `tokens` the length of the prompt that attention works on. A collective's `bytes`
-    are those of its result.
+    are those of its result. `lowered` is a kernel of a bundle's own program.
     """
 
     kernel: Kernel

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from porter import graph
+from porter import exported, graph
 from porter.errors import ExportError
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ def export(
 ) -> ExportReport:
     """Export `source` (a folder, `package.module:factory` or `file.py:factory`) to the ONNX file `out`.
 
-    `out` gets its weights beside it in `<out>.data` and the tokenizer's files in `<stem>.tokenizer/`; all
-    three appear together or not at all. `progress` is called with the name of each stage. `debug` lets what
+    `out` gets its weights beside it in `<out>.data`, the tokenizer's files in `<stem>.tokenizer/`, and what
+    the check found in `<stem>.export.json`; all appear together or not at all. `progress` is called with the
+    name of each stage. `debug` lets what
     torch prints through. `_optimize` turns torch's unsound optimizer on, for the test that shows the check
     refuses what it makes. Raises ExportError PORT-0701 to PORT-0730; PORT-0720 and PORT-0721 with exit code
     3.
@@ -107,7 +108,9 @@ def export(
             _write(model, folder / out.name, flat)
         say("check")
         with _quiet(debug):
-            probes = check(folder / out.name, model, flat)
+            probes, drift = check(folder / out.name, model, flat)
+        with _writing(out):
+            exported.write(folder / out.name, drift)
         say("publish")
     return _report(out, model, flat, probes, time.perf_counter() - start)
 
@@ -266,7 +269,7 @@ def _parents(folder: Path) -> Iterator[None]:
 
 def _publish(new: Path, old: Path, out: Path) -> None:
     """Swap the files of an earlier export for the new ones; put them back if that is interrupted."""
-    names = (f"{out.name}.data", f"{out.stem}.tokenizer", out.name)
+    names = (f"{out.name}.data", f"{out.stem}.tokenizer", exported.name(out), out.name)
     done: list[tuple[Path, Path]] = []
     try:
         for name in names:

@@ -17,13 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from porter.drift.measures import Accumulator, Drift, Scores, score, score_hidden
 from porter.errors import ExportError
 from porter.export.feeds import cases, computed, feeds
 from porter.export.source import first_line
@@ -57,8 +58,9 @@ class ExportMismatch(ExportError):
     exit_code = 3
 
 
-def check(path: Path, model: ir.Model, flat: Source) -> tuple[Probe, ...]:
-    """Measure all probes and refuse the file when one is over its bound.
+def check(path: Path, model: ir.Model, flat: Source) -> tuple[tuple[Probe, ...], Drift]:
+    """Measure all probes and refuse the file when one is over its bound; they, and the drift over all
+    positions that were fed.
 
     Raises ExportMismatch PORT-0720 (they differ), PORT-0721 (the cache does not carry the context), PORT-0722
     (the file does not run) and ExportError PORT-0723 (PyTorch itself gives NaN or infinity), PORT-0724
@@ -66,20 +68,35 @@ def check(path: Path, model: ir.Model, flat: Source) -> tuple[Probe, ...]:
     """
     allowed = relative_bound(model, flat.module)
     against_itself = cache_probes(flat, allowed) if flat.kind == "decoder" else []
-    probes = [*against_itself, *measure(path, model, flat, allowed)]
+    sums = Accumulator()
+    probes = [*against_itself, *measure(path, model, flat, allowed, sums)]
     _refuse(probes)
-    return tuple(probes)
+    return tuple(probes), _drift(sums)
 
 
-def measure(path: Path, model: ir.Model, flat: Source, allowed: float) -> list[Probe]:
-    """Run ONNX Runtime on `path` and `flat.module` on the same inputs; `allowed` is `relative_bound`."""
+def measure(path: Path, model: ir.Model, flat: Source, allowed: float, sums: Accumulator) -> list[Probe]:
+    """Run ONNX Runtime on `path` and `flat.module` on the same inputs; `allowed` is `relative_bound`. The
+    first outputs, logits or hidden states, are added to `sums`, each case as a text of its own."""
     names = [o.name for o in model.graph.outputs]
     run = _runner(path, {})
-    probes = [
-        compare(name, names, computed(flat, inputs, name), run(inputs), allowed)
-        for name, inputs in cases(flat)
-    ]
+    probes = []
+    for i, (name, inputs) in enumerate(cases(flat)):
+        wanted, got = computed(flat, inputs, name), run(inputs)
+        probes.append(compare(name, names, wanted, got, allowed))
+        if wanted[0].shape == got[0].shape:
+            sums.add(_scores(flat, *(x[0].reshape(-1, x[0].shape[-1]) for x in (wanted, got))), i)
     return probes + _zero_row(path, model, flat, names, allowed)
+
+
+def _scores(flat: Source, wanted: np.ndarray, got: np.ndarray) -> Scores:
+    """The drift of each position [n, width]; no text says which token is next, so PyTorch's choice is."""
+    return score_hidden(wanted, got) if flat.kind == "encoder" else score(wanted, got, wanted.argmax(axis=1))
+
+
+def _drift(sums: Accumulator) -> Drift:
+    """All but what is about next tokens of a text."""
+    nothing = ("rms_dp", "rms_dp_ci95", "ppl", "ppl_ratio", "ppl_ratio_ci95")
+    return replace(sums.drift(), **dict.fromkeys(nothing))
 
 
 def relative_bound(model: ir.Model, module: torch.nn.Module) -> float:

@@ -11,12 +11,13 @@ import onnx_ir as ir
 from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
 
 # isort: split
-from porter.lower import build, plan, weights
+from porter.lower import build, indexed, plan, weights
 from porter.lower.blocks.placement import placements
 from porter.lower.blocks.profile import Profile
 from porter.lower.blocks.templates import Chip
 from porter.lower.importer.program import DTYPES, Importer
 from porter.lower.importer.templates import Host
+from porter.lower.scheduled import step
 from porter.lower.simt import emit, limits
 from porter.lower.simt.program import Program, program
 from porter.lower.tile import schedule as tile
@@ -24,6 +25,7 @@ from porter.target import TargetSpec
 
 LIBRARIES, WEIGHTS, PLAN = "lib", "lib/weights.bin", "plan.json"
 PROGRAM = "lib/program.txt"  # the kernels as they are scheduled, family tile
+KERNELS = "lib/program.json"  # and as the simulator reads them
 
 
 def lower(
@@ -68,6 +70,7 @@ def lower(
         scheduled = tile.program(module, target, imported.bounds)
         module = scheduled.module
         (folder / PROGRAM).write_text(scheduled.text(), encoding="utf-8")
+        step(module, target, scheduled.control).write(folder / KERNELS)
     library = build.write_library(build.compiled(module, target_tvm), folder / LIBRARIES)
     made.library = f"{LIBRARIES}/{library}"
     progress(0.6)
@@ -90,4 +93,5 @@ def templates(target: TargetSpec) -> Host | Chip:
 def _interface(value: ir.Value) -> dict[str, object]:
     dims = enumerate(value.shape or [])
     shape = [d if isinstance(d, int) else str(d.value or f"{value.name}_{i}") for i, d in dims]
-    return {"name": value.name, "shape": shape, "dtype": DTYPES[value.dtype]}
+    found = {"name": value.name, "shape": shape, "dtype": DTYPES[value.dtype]}
+    return found | ({"rows": count} if (count := indexed.rows(value)) else {})

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from porter.report.axis import Axis
 from porter.report.words import value
 
-WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
+WIDTH, HEIGHT = 720, 280
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 48
 
 
 @dataclass(frozen=True)
@@ -48,29 +49,22 @@ def chart(context: Sequence[Mapping[str, object]], measure: str = "kl_mean") -> 
     rows = [(str(r["tokens"]), float(r[measure]), _width(r)) for r in found]  # type: ignore[arg-type]
     if len(rows) < 2:
         return None
-    tops = [v + w for _, v, w in rows if math.isfinite(v)]
-    step = _step(max(tops, default=1.0))
-    top = step * max(1, math.ceil(max(tops, default=1.0) / step))
-
-    def y(v: float) -> float:
-        return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(max(v, 0), top) / top), 1)
-
+    y = Axis.to(max((v + w for _, v, w in rows if math.isfinite(v)), default=1.0), HEIGHT - BOTTOM, TOP)
     gap = (WIDTH - LEFT - RIGHT) / len(rows)
     marks = tuple(
         Mark(
-            round(LEFT + gap * (i + 0.5), 1),
-            y(v),
-            y(v - w),
-            y(v + w),
-            f"≤ {n}",
-            value(v),
-            not math.isfinite(v),
+            x=round(LEFT + gap * (i + 0.5), 1),
+            y=y(v),
+            low=y(v - w),
+            high=y(v + w),
+            label=f"≤ {n}",
+            text=value(v),
+            infinite=not math.isfinite(v),
         )
         for i, (n, v, w) in enumerate(rows)
     )
     line = " ".join(f"{m.x},{m.y}" for m in marks if not m.infinite)
-    ticks = tuple((y(step * i), f"{step * i:.4g}") for i in range(round(top / step) + 1))
-    return Chart(marks, line, ticks)
+    return Chart(marks, line, tuple((y(v), f"{v:.4g}") for v in y.values))
 
 
 def _width(row: Mapping[str, object]) -> float:
@@ -78,12 +72,3 @@ def _width(row: Mapping[str, object]) -> float:
     found = row.get("kl_ci95")
     width = 0.0 if found is None else float(found)  # type: ignore[arg-type]
     return width if math.isfinite(width) else 0.0
-
-
-def _step(top: float) -> float:
-    """1, 2 or 5 times a power of ten, so that three to six steps reach `top`."""
-    if top <= 0:
-        return 1.0
-    rough = top / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
+from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from porter.report import words
+from porter.report import depth, planned, timeline, times, waterfall, words
 from porter.report.chart import chart
 from porter.report.report import DriftReport
 
 
-def to_html(report: DriftReport) -> str:
-    """The page; all text that comes from a model is escaped, and unprintable characters are spelled out."""
-    source = (resources.files("porter.report") / "report.html.j2").read_text(encoding="utf-8")
+def to_html(report: DriftReport, plan: Mapping[str, Any] | None = None) -> str:
+    """The page; all text that comes from a model is escaped, and unprintable characters are spelled out.
+
+    `plan` is the program's, as `plan.json` has it; without it there is no picture of the memory.
+    """
     return (
         _environment()
-        .from_string(source)
+        .get_template("report.html.j2")
         .render(
+            style=Markup(_source("report.css")),
             report=report,
             total=report.total,
             drifts=report.drift,
+            plain={} if report.plain is None else {"bf16": report.plain},
             phases=report.phases,
             measures=words.shown({**report.drift, **report.phases}),
             labels=words.MEASURES,
@@ -28,25 +35,41 @@ def to_html(report: DriftReport) -> str:
             verdict=words.verdict(report),
             evidence=words.evidence(report),
             calibrated=words.calibrated(report),
+            attributed=words.attributed(report.attribution),
+            falls=waterfall.waterfall(report.attribution),
+            ratio=words.ratio(report),
             kept=words.kept(report),
             recomputed=words.recomputed(report.recomputed),
             chart=chart(report.context),
+            deep=depth.depth(report.depth),
+            memory=planned.picture(plan) if plan else None,
+            timelines=list(timeline.timelines(report.estimate or {})),
             decoded=any(row.get("phase") == "decode" for row in report.context),
             lengths=words.by_length(report),
             heat=words.heat(report),
             worst=words.worst(report),
+            times=list(times.rows(report.estimate or {})),
+            untold=times.notes(report.estimate or {}),
             nodes=sorted(report.nodes, key=_worst)[:20],
         )
     )
 
 
+def _source(name: str) -> str:
+    return (resources.files("porter.report") / name).read_text(encoding="utf-8")
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_source),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"clean": words.clean, "amount": lambda f: words.amount(f.value, f.unit)}
     environment.globals |= {"measured": words.measured, "value": _value, "amount": words.amount}
-    environment.globals["title"] = words.title
+    environment.globals |= {"title": words.title, "around": words.around}
     return environment
 
 

@@ -17,6 +17,11 @@ def to_xml(report: DriftReport) -> str:
     for name, drift in report.drift.items():
         for measure, value in drift.to_json().items():
             xml.SubElement(properties, "property", name=clean(f"{name}.{measure}"), value=str(value))
+    for part in report.attribution.parts:
+        own = str(report.attribution.amount(part.own))
+        xml.SubElement(properties, "property", name=clean(f"attribution.{part.name}"), value=own)
+    for measure, times in report.ratio.items():
+        xml.SubElement(properties, "property", name=f"over bf16.{measure}", value=str(times))
     beyond = [message for measure, message in broken.items() if measure not in report.budget]
     _case(suite, report, "outputs are numbers", "; ".join(beyond))
     for measure, limit in report.budget.items():

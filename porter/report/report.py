@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from porter.drift.attribution import Attribution
 from porter.drift.budget import Violation, check
 from porter.drift.measures import Drift, number
 
 if TYPE_CHECKING:
     from porter.drift.attention import Head
     from porter.drift.compare import Comparison
+    from porter.drift.depth import Level
+    from porter.explain import Misses
     from porter.run.tally import Tally
     from porter.target.placed import Placed
     from porter.weights.select import Kept
@@ -25,6 +28,13 @@ if TYPE_CHECKING:
 SCHEMA = "porter.report/1"
 # How a figure came about; every figure that porter prints says one of these.
 KINDS = ("measured", "simulated", "estimated")
+
+
+ERRORS = {
+    "kl_mean": lambda drift: drift.kl_mean,
+    "rms_error": lambda drift: None if drift.sqnr_db is None else 10 ** (-drift.sqnr_db / 20),
+    "max_abs": lambda drift: drift.max_abs,
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,9 @@ class DriftReport:
     target would is "simulated"). `phases` holds `prefill` and `decode`; `context` one object a context
     length (`tokens`, `positions` of which `phase`, and the measures). `attention` is what a quantized cache
     does to each head, at several context lengths (`porter.drift.attention`); empty where none is quantized.
+    `attribution` says which step brought how much of it. `plain` is the error of the model as it was, run in
+    bfloat16 (`porter.drift.plain`), which `ratio` is against. `near_misses` are places where a rewrite nearly
+    applied; `depth` is the error in the model after its passes, layer by layer (`porter.drift.depth`).
     `recomputed` says of `passes` and `total` how often attention was computed from the exact copy of a
     certified cache; empty where there is none.
     `budget` is what was allowed of `total` and `violations` what was not kept. `kept` says which weights stay
@@ -76,6 +89,10 @@ class DriftReport:
     kept: Sequence[Kept] = ()
     context: Sequence[Mapping[str, object]] = ()
     attention: Sequence[Head] = ()
+    attribution: Attribution = field(default_factory=Attribution)
+    plain: Drift | None = None
+    near_misses: Sequence[Misses] = ()
+    depth: Sequence[Level] = ()
     recomputed: Mapping[str, Tally] = field(default_factory=dict)
     nodes: Sequence[Mapping[str, object]] = ()
     placement: Sequence[Placed] = ()
@@ -93,6 +110,15 @@ class DriftReport:
     def total(self) -> Drift:
         """The drift that the budget is about; nothing measured where there is none."""
         return self.drift.get("total", Drift())
+
+    @property
+    def ratio(self) -> dict[str, float]:
+        """The total error over that of the plain run in bfloat16: of mean KL, and of the outputs' root mean
+        square and largest error. Only what both have, and the plain run's is not 0."""
+        if self.plain is None:
+            return {}
+        pairs = {name: (error(self.total), error(self.plain)) for name, error in ERRORS.items()}
+        return {name: a / b for name, (a, b) in pairs.items() if a is not None and b}
 
     @property
     def violations(self) -> list[Violation]:
@@ -133,6 +159,10 @@ class DriftReport:
         fields["placement"] = [placed.to_json() for placed in self.placement]
         kind = {"kind": self.kind("attention")}
         fields["attention"] = [dataclasses.asdict(head) | kind for head in self.attention]
+        fields["attribution"] = self.attribution.to_json()
+        if self.plain is not None:
+            plainly = {"format": "bf16", "drift": self.plain.to_json(), "ratio": self.ratio}
+            fields["plain"] = plainly | {"kind": "simulated"}
         fields["recomputed"] = {
             name: {**dataclasses.asdict(t), "share": t.share, "kind": self.kind(name)}
             for name, t in self.recomputed.items()

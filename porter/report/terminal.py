@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from porter.drift.attribution import Attribution
+from porter.report import times
+from porter.report.baseline import Against
 from porter.report.report import DriftReport
 from porter.report.words import (
     MEASURES,
     amount,
+    attributed,
+    beside,
     by_length,
     calibrated,
     clean,
     evidence,
     kept,
     measured,
+    ratio,
     recomputed,
     shown,
     title,
@@ -45,6 +52,12 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         yield Text(f"calibrated on {calibrated(report)}", style="dim")
     if report.drift:
         yield _drift(report)
+    if report.attribution.parts:
+        yield _attribution(report.attribution)
+    if report.attribution.skipped:
+        yield Text(f" not split by its causes: {clean(report.attribution.skipped)}", style="dim")
+    if report.ratio:
+        yield Text(f" over plain bf16 (simulated): {ratio(report)}")
     if report.context:
         yield _context(report)
     if report.attention:
@@ -56,10 +69,17 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         yield _stages(report)
     if report.kept:
         yield Text(f" {kept(report)}")
+    for miss in report.near_misses[:3]:
+        yield Text(
+            f" nearly {clean(miss.rule)}, {miss.count} times: {clean(miss.reason)} at {clean(miss.node)}"
+        )
     for placed in report.placement:
         yield Text(f" {clean(str(placed))}")
-    if report.memory or report.seconds or report.estimate:
+    if report.memory or report.seconds:
         yield _figures(report)
+    if report.estimate:
+        yield _times(report.estimate)
+        yield Text("\n".join(f" {line}" for line in times.notes(report.estimate)))
     yield Text(verdict(report), style="bold green" if report.ok and report.budget else _warn(report))
 
 
@@ -80,6 +100,30 @@ def _drift(report: DriftReport) -> Table:
             table.add_row("± 95 %", *(value(d.kl_ci95) for d in drifts.values()))
     table.add_row("tokens", *(str(d.tokens) for d in drifts.values()))
     return table
+
+
+def _attribution(found: Attribution) -> Table:
+    """What each step changed, how that met what the steps before had done, and what there is after it."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"where from\n{'KL, mean' if found.measure == 'kl_mean' else 'noise / signal'}")
+    for heading in ("its own", "± 95 %", "interaction", "after it", ""):
+        table.add_column(heading, justify="right")
+    for row in attributed(found):
+        figures = (row.own, row.width, row.interaction, row.after)
+        table.add_row(clean(row.name), *figures, row.kind, style="bold" if row.last else None)
+    return table
+
+
+def against(found: Against) -> RenderableType:
+    """A report beside its baseline: every measure then and now, and the verdict."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for i, heading in enumerate(("against the baseline", "before", "now", "± 95 %", "")):
+        table.add_column(heading, justify="right" if 0 < i < 4 else "left")
+    for row in found.rows:
+        figures = (value(row.before, row.measure), value(row.now, row.measure), value(row.interval))
+        style = {"worse": "bold red", "better": "green"}.get(row.verdict)
+        table.add_row(f"{clean(row.drift)}: {MEASURES[row.measure][0]}", *figures, row.verdict, style=style)
+    return Group(table, *(Text(line) for line in beside(found)))
 
 
 def _context(report: DriftReport) -> Table:
@@ -137,8 +181,14 @@ def _figures(report: DriftReport) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_header=False)
     for name, figure in {**report.memory, **report.seconds}.items():
         table.add_row(Text(clean(name)), amount(figure.value, figure.unit), figure.kind)
-    kind = clean((report.estimate or {}).get("kind", "estimated"))
-    for name, item in (report.estimate or {}).items():
-        if isinstance(item, int | float) and not isinstance(item, bool):
-            table.add_row(Text(clean(name)), value(float(item)), kind)
+    return table
+
+
+def _times(estimate: Mapping[str, Any]) -> Table:
+    """What prefill and decode steps take on the target."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in times.headings(estimate):
+        table.add_column(Text(heading), justify="right" if table.columns else "left")
+    for row in times.rows(estimate):
+        table.add_row(*map(Text, row))
     return table

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from porter.drift.attribution import EXPORT, Attribution
 from porter.drift.measures import Drift
 from porter.report.report import DriftReport
 
 if TYPE_CHECKING:
     from porter.drift.attention import Head
+    from porter.report.baseline import Against
     from porter.run.tally import Tally
     from porter.weights.select import Kept
 
@@ -32,6 +34,7 @@ ROWS = {
     "passes": "what the passes did to the graph",
     "lowering": "what compiling for the target did after them",
     "export": "what the exporter did before them",
+    "bf16": "the model as it was, run in bfloat16",
     "prefill": "positions computed many at a time",
     "decode": "positions computed one token at a time, through the cache",
 }
@@ -80,6 +83,14 @@ def measured(drift: Drift, measure: str) -> str:
     return f"{text} ± {value(drift.kl_ci95) if drift.kl_ci95 is not None else '?'}"
 
 
+def around(drift: Drift, measure: str) -> str:
+    """Half the 95 % interval of a measure, "± 0.0011, "; empty where none is known."""
+    width = getattr(drift, f"{measure.removesuffix('_mean')}_ci95", None)
+    if width is None or not math.isfinite(width) or not width:
+        return ""
+    return f"± {100 * width:.2g} %, " if measure in _SHARES else f"± {width:.2g}, "
+
+
 def shown(drifts: Mapping[str, Drift]) -> list[str]:
     """The measures that at least one of the drifts has."""
     return [m for m in MEASURES if any(getattr(d, m) is not None for d in drifts.values())]
@@ -107,6 +118,58 @@ def verdict(report: DriftReport) -> str:
     if not report.budget:
         return "No budget was given; the outputs are numbers, and no more was asked"
     return "Within budget: " + ", ".join(f"{m} {value(getattr(report.total, m))}" for m in report.budget)
+
+
+@dataclass(frozen=True)
+class Attributed:
+    """A row on one step of the port, as text: what it changed by itself, with its interval, its interaction
+    with the steps before, and what there is after it."""
+
+    name: str
+    passes: tuple[str, ...]
+    own: str
+    width: str
+    interaction: str
+    after: str
+    kind: str
+    last: bool = False
+
+
+def attributed(found: Attribution) -> list[Attributed]:
+    """A row for each part, and one for the whole."""
+    rows = []
+    for part in found.parts:
+        outside = part.name == EXPORT
+        width = part.own.kl_ci95 if found.measure == "kl_mean" else None
+        own, after = value(found.amount(part.own)), value(found.amount(part.after))
+        between = "" if width is None else f"{width:.2g}"
+        other = value(None if outside else found.interaction(part))
+        rows.append(Attributed(part.name, tuple(part.passes), own, between, other, after, part.kind))
+    if not found.chain:
+        return rows
+    own = math.fsum(found.amount(p.own) for p in found.chain)
+    kind = "simulated" if any(p.kind == "simulated" for p in found.chain) else "measured"
+    sums = (value(own), "", value(found.interactions), value(found.total))
+    return [*rows, Attributed("total", (), *sums, kind, last=True)]
+
+
+def ratio(report: DriftReport) -> str:
+    """How the total compares with ordinary rounding: "KL 240 ×, rms 16 ×, largest 19 ×"."""
+    words = {"kl_mean": "KL", "rms_error": "rms", "max_abs": "largest"}
+    return ", ".join(f"{words[name]} {_times(x)} ×" for name, x in report.ratio.items())
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.0f}" if 10 <= factor < 1e6 else f"{factor:.2g}"
+
+
+def beside(found: Against) -> list[str]:
+    """What a report beside its baseline comes to."""
+    lines = [] if found.same_feeds else ["They were measured on different feeds, which moves every figure."]
+    count = len(found.worse)
+    if count:
+        return [*lines, f"Worse than {clean(found.baseline)}: {count} of {len(found.rows)} measures"]
+    return [*lines, f"No worse than {clean(found.baseline)}"]
 
 
 def kept(report: DriftReport) -> str:

@@ -1,6 +1,6 @@
 """CUDA: the machine of a bundle's CUDA kernels, over the driver's own interface; NVRTC compiles them.
 
-Needs a GPU, its driver and the extra `cuda`. Not tested yet: nothing here has run on a GPU.
+Needs a GPU, its driver and the extra `cuda`. Tested on an emulated driver; it has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from porter.run import nvrtc
 from porter.run.device import DeviceRunner, Kernel, Step
 
 HINT = "a GPU of NVIDIA's and its driver are needed"
+DRIVER = "libcuda.so.1"
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
 SCALARS = {
     "int32": ctypes.c_int32,
@@ -49,7 +50,7 @@ class Cuda:
 
     def __init__(self) -> None:
         try:
-            self._driver = ctypes.CDLL("libcuda.so.1")
+            self._driver = ctypes.CDLL(DRIVER)
         except OSError as error:
             raise EnvironmentFailure("PORT-0908", "there is no CUDA driver", hint=HINT) from error
         nvrtc.library()

@@ -267,7 +267,7 @@ def dtype_of(name: str) -> np.dtype:
 
 
 def _spec(entry: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(dtype_of(entry["dtype"]), tuple(entry["shape"]))
+    return TensorSpec(dtype_of(entry["dtype"]), tuple(entry["shape"]), entry.get("rows", 0))
 
 
 def _kernels(folder: Path, entries: dict[str, Any]) -> dict[str, Kernel]:

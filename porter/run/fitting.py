@@ -31,7 +31,17 @@ def check(feeds: Feeds, inputs: Mapping[str, TensorSpec], bounds: Mapping[str, i
             raise OptionError("PORT-0502", what, where=name)
         for wanted, got in zip(spec.shape, array.shape, strict=True):
             _check_size(name, wanted, got, sizes, bounds)
+        if spec.rows:
+            _check_rows(name, np.asarray(array), spec.rows)
     return sizes
+
+
+def _check_rows(name: str, numbers: np.ndarray, rows: int) -> None:
+    """Kernels on a device cannot stop for a number of no row; negative ones count from the end."""
+    outside = numbers[(numbers < -rows) | (numbers >= rows)]
+    if outside.size:
+        what = f"{outside.flat[0]} lies outside of a table of {rows} rows"
+        raise OptionError("PORT-0502", what, where=name)
 
 
 def _check_size(

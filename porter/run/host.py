@@ -75,7 +75,7 @@ class HostRunner:
 
 
 def _spec(entry: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(_dtype(entry["dtype"]), tuple(entry["shape"]))
+    return TensorSpec(_dtype(entry["dtype"]), tuple(entry["shape"]), entry.get("rows", 0))
 
 
 def _dtype(name: str) -> np.dtype:

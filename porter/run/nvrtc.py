@@ -5,47 +5,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 from pathlib import Path
 
 from porter.errors import EnvironmentFailure, TargetError
 
 HINT = "install porter[cuda]"
-# What the source that TVM writes includes, as far as its kernels use it; a toolkit need not be there.
-HEADERS = {
-    "cuda/std/cstdint": """namespace cuda { namespace std {
-using int8_t = signed char; using int16_t = short; using int32_t = int; using int64_t = long long;
-using uint8_t = unsigned char; using uint16_t = unsigned short; using uint32_t = unsigned int;
-using uint64_t = unsigned long long;
-} }
-""",
-    "cuda/std/type_traits": """namespace cuda { namespace std {
-template <bool V> struct truth { static constexpr bool value = V; };
-template <class A, class B> struct is_same : truth<false> {};
-template <class A> struct is_same<A, A> : truth<true> {};
-template <class A, class B> inline constexpr bool is_same_v = is_same<A, B>::value;
-template <class A> struct is_integral : truth<false> {};
-template <class A> struct is_signed : truth<(A(-1) < A(0))> {};
-template <class A> struct is_unsigned : truth<(A(0) < A(-1))> {};
-template <class A> struct is_floating_point : truth<false> {};
-template <bool B, class A = void> struct enable_if {};
-template <class A> struct enable_if<true, A> { using type = A; };
-template <bool B, class X, class Y> struct conditional { using type = X; };
-template <class X, class Y> struct conditional<false, X, Y> { using type = Y; };
-} }
-""",
-    "math_constants.h": """#define CUDART_INF_F __int_as_float(0x7f800000)
-#define CUDART_NAN_F __int_as_float(0x7fffffff)
-#define CUDART_INF __longlong_as_double(0x7ff0000000000000ULL)
-""",
-}
+# Where a toolkit lies that is no Python package.
+TOOLKITS = ("CUDA_HOME", "CUDA_PATH")
+USUAL = Path("/usr/local/cuda")
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """NVRTC, of its Python package or the system. Raises EnvironmentFailure PORT-0908 without one."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
-    found = [str(f) for folder in folders for f in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
+    found = [str(f) for folder in _packages() for f in sorted(folder.glob("lib/libnvrtc.so.*"))]
     for name in (*found, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"):
         try:
             return ctypes.CDLL(name)
@@ -54,23 +28,41 @@ def library() -> ctypes.CDLL:
     raise EnvironmentFailure("PORT-0908", "NVRTC, which compiles CUDA, is not installed", hint=HINT)
 
 
+@functools.cache
+def headers() -> tuple[str, ...]:
+    """Folders of CUDA's headers, which kernels of 16-bit floats include: those of the Python packages, or
+    of a toolkit. Raises EnvironmentFailure PORT-0908 without any."""
+    toolkits = [Path(os.environ[name]) for name in TOOLKITS if name in os.environ]
+    for folder in (*_packages(), *toolkits, USUAL):
+        if (folder / "include" / "cuda_fp16.h").is_file():
+            return str(folder / "include"), str(folder / "include" / "cccl")
+    raise EnvironmentFailure("PORT-0908", "CUDA's headers are not installed", hint=HINT)
+
+
 def compiled(source: str, arch: str) -> bytes:
     """A cubin of `source` for `arch` (`sm_90a`), products and sums rounded one by one.
 
-    Raises EnvironmentFailure PORT-0908 when there is no compiler, TargetError PORT-0454 when it refuses the
-    source.
+    Raises EnvironmentFailure PORT-0908 when there is no compiler or no headers, TargetError PORT-0454 when it
+    refuses the source.
     """
     nvrtc, program = library(), ctypes.c_void_p()
-    names, texts = (_strings(list(part)) for part in (HEADERS, HEADERS.values()))
-    arguments = (source.encode(), b"kernels.cu", len(HEADERS), texts, names)
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "--fmad=false", "-default-device"]
+    given = _strings(options + [f"--include-path={folder}" for folder in headers()])
+    arguments = (source.encode(), b"kernels.cu", 0, None, None)
     _checked(nvrtc.nvrtcCreateProgram(ctypes.byref(program), *arguments), "cannot begin")
     try:
-        options = _strings([f"--gpu-architecture={arch}", "--std=c++17", "--fmad=false", "-default-device"])
-        if nvrtc.nvrtcCompileProgram(program, len(options), options):
+        if nvrtc.nvrtcCompileProgram(program, len(given), given):
             raise TargetError("PORT-0454", f"NVRTC refuses the kernels: {_log(nvrtc, program)}", where=arch)
         return _text(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _packages() -> list[Path]:
+    """Folders that the Python packages of a toolkit's parts lie in, as `nvidia/cu13`."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    return [folder for root in roots for folder in sorted(root.glob("*"))]
 
 
 def _log(nvrtc: ctypes.CDLL, program: ctypes.c_void_p) -> str:

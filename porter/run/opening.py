@@ -21,7 +21,7 @@ def opened(folder: Path) -> Runner:
     source = _source(folder)
     if source and os.environ.get(DEVICE) != "host":
         try:
-            return _on_device(folder, source)
+            return on_device(folder)
         except EnvironmentFailure as error:
             if error.code != "PORT-0908":
                 raise
@@ -37,6 +37,17 @@ def executes(runner: Runner) -> bool:
     return isinstance(runner, DeviceRunner)
 
 
+def on_device(folder: Path) -> Runner:
+    """The bundle's kernels on their device. Raises EnvironmentFailure PORT-0908 where there is none."""
+    if _source(folder) == "wgsl":
+        from porter.run import webgpu
+
+        return webgpu.runner(folder)
+    from porter.run import cuda
+
+    return cuda.runner(folder)
+
+
 def _source(folder: Path) -> str:
     try:
         return str(json.loads((folder / "plan.json").read_text(encoding="utf-8")).get("source", ""))
@@ -47,13 +58,3 @@ def _source(folder: Path) -> str:
             where=str(folder),
             hint="convert the model again",
         ) from error
-
-
-def _on_device(folder: Path, source: str) -> Runner:
-    if source == "wgsl":
-        from porter.run import webgpu
-
-        return webgpu.runner(folder)
-    from porter.run import cuda
-
-    return cuda.runner(folder)

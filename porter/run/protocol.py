@@ -13,10 +13,14 @@ from porter.context import Feeds
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output: a numpy dtype and one entry per axis, an int or a symbolic name."""
+    """An input or output: a numpy dtype and one entry per axis, an int or a symbolic name.
+
+    `rows` is of an input that numbers a table's rows, and says how many there are; 0 of all others.
+    """
 
     dtype: np.dtype
     shape: tuple[int | str, ...]
+    rows: int = 0
 
 
 CPU = "this machine's CPU"

@@ -42,9 +42,9 @@ class WebGPU:
     """One device. Implements Machine."""
 
     def __init__(self) -> None:
+        chosen = adapter()
         import wgpu
 
-        chosen = adapter()
         self.name = str(chosen.info["device"])
         self._device = chosen.request_device_sync()
         self._usage = wgpu.BufferUsage

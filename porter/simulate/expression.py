@@ -2,7 +2,8 @@
 
 An expression is an int, the name of a variable, or a tuple: `("+", a, b)`, likewise `- * // % min max`;
 `< <= == !=`, `and`, `or` and `("not", a)`, which are 0 or 1; `("select", condition, a, b)`; and
-`("count", ((variable, extent), ...), condition)`, how many points of a box fulfil a condition.
+`("count", ((variable, extent), ...), condition)`, how many points of a box fulfil a condition;
+`("together", ((along, size), ...))`, how many elements lie together, of so many along dimensions of a size.
 
 Variables have ranges. `exact` gives the value that an expression has everywhere in them, and otherwise says
 which variables it depends on, so that a caller can halve a range and try again.
@@ -24,6 +25,7 @@ from porter.errors import TargetError
 Expression = int | str | tuple[Any, ...]
 Ranges = Mapping[str, tuple[int, int]]  # of each variable the least and the largest value
 
+_OTHERS = ("min", "max", "and", "or", "not", "select", "count", "together")
 POINTS = 1 << 24
 """Points that `count` looks at one by one, 16 bytes each, before it gives up."""
 
@@ -37,6 +39,17 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "<=": operator.le,
     "==": operator.eq,
     "!=": operator.ne,
+}
+
+
+KINDS = frozenset((*_PLAIN, *_OTHERS))
+"""What the first entry of a tuple may be."""
+_FOLDED: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "min": min,
+    "max": max,
 }
 
 
@@ -62,6 +75,34 @@ def variables(expression: Expression) -> frozenset[str]:
         outside = frozenset().union(*(variables(extent) for _, extent in box))
         return outside | (variables(condition) - inner)
     return frozenset().union(*(variables(part) for part in expression[1:]))
+
+
+def folded(kind: str, a: Expression, b: Expression) -> Expression:
+    """`(kind, a, b)`, as a number where both are."""
+    if isinstance(a, int) and isinstance(b, int):
+        if kind in _FOLDED:
+            return _FOLDED[kind](a, b)
+        if kind in ("//", "%") and b:
+            return a // b if kind == "//" else a % b
+    if kind == "and" and 1 in (a, b):
+        return b if a == 1 else a
+    return (kind, a, b)
+
+
+def substituted(expression: Expression, at: Mapping[str, int]) -> Expression:
+    """The expression with numbers for the variables in `at`."""
+    if isinstance(expression, int):
+        return expression
+    if isinstance(expression, str):
+        return at.get(expression, expression)
+    kind, *parts = expression
+    if kind == "together":
+        return (kind, tuple(tuple(substituted(part, at) for part in pair) for pair in parts[0]))
+    if kind == "count":
+        box = tuple((name, substituted(extent, at)) for name, extent in parts[0])
+        return (kind, box, substituted(parts[1], at))
+    known = tuple(substituted(part, at) for part in parts)
+    return folded(kind, *known) if len(known) == 2 else (kind, *known)
 
 
 def value(expression: Expression, at: Mapping[str, Any]) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -78,16 +79,58 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """The kernels of one step of a program, one after the other: (kernel, how many calls like it)."""
+    """The kernels of a step of a program, one after the other: (kernel, how many calls like it).
 
-    target: str
-    dimensions: Mapping[str, int]
+    `untimed` are kernels without a time: (how many calls, why), by name.
+    """
+
     calls: tuple[tuple[KernelTime, int], ...]
+    untimed: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, steps: Sequence[StepTime]) -> StepTime:
+        """Several steps as one, one after the other."""
+        calls: Counter[KernelTime] = Counter()
+        untimed: dict[str, tuple[int, str]] = {}
+        for step in steps:
+            calls.update(dict(step.calls))
+            for name, (number, why) in step.untimed.items():
+                untimed[name] = (untimed.get(name, (0, ""))[0] + number, why)
+        return cls(tuple(calls.items()), untimed)
 
     @property
     def seconds(self) -> Fraction:
         """Of the whole step."""
         return sum((kernel.seconds * calls for kernel, calls in self.calls), Fraction(0))
+
+    @property
+    def cycles(self) -> Fraction | None:
+        """Of the matrix unit's clock, where it has one."""
+        each = [(kernel.cycles, calls) for kernel, calls in self.calls]
+        if any(cycles is None for cycles, _ in each):
+            return None
+        return sum((cycles * calls for cycles, calls in each if cycles is not None), Fraction(0))
+
+    @property
+    def traffic(self) -> tuple[Traffic, ...]:
+        """What DMA moved, by level, the order that of the kernels."""
+        moved: dict[str, Traffic] = {}
+        for kernel, calls in self.calls:
+            for level in kernel.traffic:
+                known = moved.get(level.level, Traffic(level.level, 0, 0))
+                read, written = known.read + level.read * calls, known.written + level.written * calls
+                moved[level.level] = Traffic(level.level, read, written)
+        return tuple(moved.values())
+
+    @property
+    def utilisation(self) -> dict[str, Fraction]:
+        """Of each unit, the share of all cores' time that it is busy for."""
+        busy: dict[str, Fraction] = {}
+        for kernel, calls in self.calls:
+            for use in kernel.uses:
+                shared = use.utilisation * kernel.seconds * calls
+                busy[use.unit] = busy.get(use.unit, Fraction(0)) + shared
+        return {unit: part / (self.seconds or Fraction(1)) for unit, part in sorted(busy.items())}
 
     @property
     def bound_by(self) -> str:
@@ -98,14 +141,18 @@ class StepTime:
         return max(spent, key=lambda name: spent[name], default="")
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON; `seconds` of a kernel are those of one call."""
+        untimed = [{"name": n, "calls": calls, "why": why} for n, (calls, why) in self.untimed.items()]
         return {
             "kind": KIND,
-            "target": self.target,
-            "dimensions": dict(self.dimensions),
             "seconds": float(self.seconds),
+            "cycles": None if self.cycles is None else float(self.cycles),
+            "calls": sum(calls for _, calls in self.calls),
             "bound_by": self.bound_by,
+            "utilisation": {unit: float(share) for unit, share in self.utilisation.items()},
+            "levels": [level.to_dict() for level in self.traffic],
             "kernels": [kernel.to_dict() | {"calls": calls} for kernel, calls in self.calls],
+            "not_simulated": untimed,
         }
 
     def rows(self) -> list[dict[str, str]]:

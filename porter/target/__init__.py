@@ -2,7 +2,7 @@
 
 from porter.target.figure import Figure
 from porter.target.placing import Placement, placement
-from porter.target.reading import load, names
+from porter.target.reading import load, names, text
 from porter.target.spec import TargetSpec, figures
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "load",
     "names",
     "placement",
+    "text",
 ]

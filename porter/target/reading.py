@@ -31,26 +31,30 @@ def load(name: str) -> TargetSpec:
     too many, PORT-0303 for a unit, PORT-0304 for a value that no chip has, PORT-0305 for a figure without a
     source, PORT-0306 when parts contradict each other, PORT-0307 for formats that do not go together.
     """
-    if not name.endswith(".toml"):
-        return _built_in(name)
-    path = Path(name)
-    if not path.is_file():
-        raise SpecError("PORT-0301", "there is no such target file", where=name)
-    return _parsed(path.read_bytes(), name)
+    return _parsed(text(name), name) if name.endswith(".toml") else _built_in(name)
 
 
-@functools.cache
-def _built_in(name: str) -> TargetSpec:
+def text(name: str) -> bytes:
+    """The file of a target, as it is. Raises SpecError PORT-0301 when there is none."""
+    if name.endswith(".toml"):
+        if not Path(name).is_file():
+            raise SpecError("PORT-0301", "there is no such target file", where=name)
+        return Path(name).read_bytes()
     if name not in names():
         raise SpecError(
             "PORT-0301", f"there is no target named {name!r}", hint=f"known: {', '.join(names())}"
         )
-    return _parsed((resources.files("porter.targets") / f"{name}.toml").read_bytes(), name)
+    return (resources.files("porter.targets") / f"{name}.toml").read_bytes()
 
 
-def _parsed(text: bytes, where: str) -> TargetSpec:
+@functools.cache
+def _built_in(name: str) -> TargetSpec:
+    return _parsed(text(name), name)
+
+
+def _parsed(written: bytes, where: str) -> TargetSpec:
     try:
-        keys = tomllib.loads(text.decode())
+        keys = tomllib.loads(written.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SpecError("PORT-0302", f"not a target description: {error}", where=where) from error
     return checked(keys, where)

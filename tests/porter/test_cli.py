@@ -153,6 +153,29 @@ def test_convert_then_everything_that_reads_a_bundle(porter_: Porter, model: Pat
     assert json.loads(text)["drift"]["total"]["top1"] == 1.0  # the same weights in float, so the same choices
 
 
+def test_diff_against_a_baseline(porter_: Porter, bundle: Path, model: Path, tmp_path: Path) -> None:
+    code, out, err = porter_("diff", bundle, "--against", bundle / "report.json", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["against"]["ok"] is True
+    better = json.loads((bundle / "report.json").read_text())
+    for drift in (better["drift"]["total"], *better["phases"].values()):
+        drift |= {"top1": 1.0, "top1_ci95": 0.0, "sqnr_db": 60.0}
+    worse = json.loads(json.dumps(better))
+    worse["drift"]["total"] |= {"top1": 0.5, "sqnr_db": 20.0}
+    (tmp_path / "better.json").write_text(json.dumps(better))
+    (tmp_path / "worse.json").write_text(json.dumps(worse))
+    code, out, err = porter_("diff", tmp_path / "worse.json", "--against", tmp_path / "better.json")
+    assert code == 3
+    assert "same top token" in out
+    assert "PORT-0621: worse than the baseline: total top1 1 -> 0.5" in err
+    code, out, err = porter_("diff", tmp_path / "better.json", "--against", tmp_path / "worse.json", "--json")
+    assert (code, err) == (0, "")
+    code, _, err = porter_("diff", bundle)
+    assert (code, "PORT-0623" in err) == (1, True)
+    code, _, err = porter_("diff", model, bundle, "--against", model)
+    assert (code, "PORT-0620" in err) == (1, True)
+
+
 def test_explain_as_json(porter_: Porter, model: Path) -> None:
     code, out, err = porter_("explain", "fuse.rms_norm", model, "--json")
     assert (code, err) == (0, "")

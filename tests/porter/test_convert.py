@@ -94,6 +94,48 @@ def test_quantized_drift_is_reported_and_lowering_adds_nothing(small: Path) -> N
     assert total == pytest.approx(passes, rel=0.05)
 
 
+def test_the_drift_is_split_by_its_causes(small: Path) -> None:
+    report = json.loads((small / "report.json").read_text())
+    found = report["attribution"]
+    names = ["export", "fusion", "weights", "KV cache", "lowering"]
+    assert [p["name"] for p in found["parts"]] == names
+    _, fusion, weights, cache, lowering = chain = found["parts"]
+    # Own parts and interactions make the total that the budget is about.
+    assert sum(p["own"] + p["interaction"] for p in chain[1:]) == pytest.approx(found["total"], rel=1e-9)
+    assert found["total"] == report["drift"]["total"]["kl_mean"] == lowering["after"]
+    assert cache["after"] == report["drift"]["passes"]["kl_mean"]
+    assert lowering["own"] == report["drift"]["lowering"]["kl_mean"]
+    assert fusion["own"] < 1e-8 < weights["own"]  # fusing only reorders float32 sums
+    assert cache["passes"][0].startswith("kv.quantize")
+    assert weights["own"] > cache["own"] > 0  # of int4 weights beside an int8 cache
+    # int4 costs far more than bfloat16, which has sixteen times its levels.
+    assert report["plain"]["ratio"]["rms_error"] > 5
+    assert 1e-5 < report["plain"]["drift"]["kl_mean"] < 1e-2
+    assert [level["layer"] for level in report["depth"]] == [i // 2 for i in range(10)]
+    assert report["depth"][0]["sqnr_db"] > report["depth"][-1]["sqnr_db"]
+    page = (small / "report.html").read_text()
+    assert all(words in page for words in ("Memory over time", "Layer by layer", "Against ordinary rounding"))
+    assert not (small / ".trail").exists()
+
+
+def test_a_float_port_has_no_loss_to_split(bundle: Path) -> None:
+    report = json.loads((bundle / "report.json").read_text())
+    assert [p["name"] for p in report["attribution"]["parts"]] == ["export", "fusion", "lowering"]
+    assert report["plain"]["ratio"]["rms_error"] < 1e-3  # float32 against eight bits
+
+
+def test_a_chip_s_numerics_stand_apart_from_the_lowering(stories_onnx: Path, tmp_path: Path) -> None:
+    """A chip that multiplies in bfloat16: what it loses is near what a plain run in bfloat16 does."""
+    report = convert(stories_onnx, tmp_path / "out", Options(target="tpu-v6e"))
+    parts = {p.name: p for p in report.attribution.parts}
+    assert list(parts) == ["export", "fusion", "lowering", "target numerics"]
+    assert parts["target numerics"].kind == "simulated"
+    assert parts["lowering"].kind == "measured"
+    assert parts["lowering"].own.kl_mean < 1e-8 < parts["target numerics"].own.kl_mean
+    # Operands are rounded there, results are not: less than bfloat16 throughout, and no order of magnitude.
+    assert 0.1 < report.ratio["rms_error"] < 1
+
+
 def test_a_quantized_cache_is_measured_by_context_length_and_head(small: Path) -> None:
     report = json.loads((small / "report.json").read_text())
     jsonschema.validate(report, SCHEMA)

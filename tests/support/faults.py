@@ -89,8 +89,11 @@ def unsaturated(model: ir.Model, layer: int) -> set[str]:
 
 
 def no_epsilon(model: ir.Model, layer: int) -> set[str]:
-    """A norm without its epsilon: the first, which reads embeddings; what the others read is larger."""
-    norm = next(n for n in model.graph if n.op_type == "RMSNormalization")
+    """A norm without its epsilon, where that matters: the first, which reads embeddings; the last, where
+    there are norms with a tiny epsilon, whose model has large embeddings."""
+    norms = [n for n in model.graph if n.op_type == "RMSNormalization"]
+    tiny = any(n.attributes.get_float("epsilon", 1e-5) < 1e-8 for n in norms)
+    norm = norms[-1 if tiny else 0]
     norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.0)
     return {named(norm)}
 

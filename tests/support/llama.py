@@ -16,16 +16,22 @@ Weights = Mapping[str, np.ndarray]
 @dataclass(frozen=True)
 class Numerics:
     """How a target multiplies: `floats` is what becomes of float32 operands, `codes` of weights in `weights`
-    (a format with a scale for each group, or for each row) and of what they meet; `flush` its subnormals."""
+    (a format with a scale for each group, or for each row) and of what they meet; `flush` its subnormals.
+    `activations`, where given, is the format in which what meets those weights is encoded, by rows."""
 
     floats: str = "fp32"
     weights: str = ""
     codes: str = "fp32"
     flush: bool = False
+    activations: str = ""
 
     def rounded(self, x: np.ndarray, form: str) -> np.ndarray:
         """An operand."""
         return operands.rounded(form, x.astype(np.float32), flush=self.flush)
+
+    def encoded(self, x: np.ndarray) -> formats.Encoded:
+        """Rows of activations."""
+        return formats.encode(formats.parse(self.activations), x.astype(np.float32))
 
     def linear(self, x: np.ndarray, w: np.ndarray, *, kept: bool = False) -> np.ndarray:
         """x Wᵀ; `kept` weights stay floats."""
@@ -34,6 +40,9 @@ class Numerics:
         encoded = formats.encode(formats.parse(self.weights), w)
         if encoded.form.group:
             return self.rounded(x, self.codes) @ self.rounded(formats.decode(encoded), self.codes).T
+        if self.activations:
+            made = self.encoded(x.reshape(-1, x.shape[-1]))
+            return (exact(formats.decode(made)) @ exact(formats.decode(encoded)).T).reshape(*x.shape[:-1], -1)
         codes = encoded.form.elements.decode(encoded.codes).astype(np.float64)
         assert np.array_equal(self.rounded(codes, self.codes), codes)
         return self.rounded(x, self.codes) @ codes.T * encoded.scales.astype(np.float64).T

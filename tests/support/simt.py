@@ -26,6 +26,17 @@ def on_host(function: tirx.PrimFunc, arguments: list[np.ndarray | int]) -> list[
     return [g.numpy() if isinstance(a, np.ndarray) else a for a, g in zip(arguments, given, strict=True)]
 
 
+_MADE: dict[tuple, tuple[tirx.PrimFunc, kernels.Compiled]] = {}
+
+
+def _made(function: tirx.PrimFunc, spec: TargetSpec, constant: tuple[int, ...]) -> kernels.Compiled:
+    """A function's kernels, made once (and it is kept, so that its id is its own)."""
+    key = (id(function), spec.name, constant)
+    if key not in _MADE:
+        _MADE[key] = function, kernels.compiled(function, device(spec), language(spec), constant)
+    return _MADE[key][1]
+
+
 def on_device(
     function: tirx.PrimFunc,
     arguments: list[np.ndarray | int],
@@ -35,7 +46,7 @@ def on_device(
 ) -> list[np.ndarray | int]:
     """The same from the device's kernels; parameters whose numbers are in `constant` are weights."""
     told = language(spec)
-    made = kernels.compiled(function, device(spec), told, constant)
+    made = _made(function, spec, tuple(constant))
     symbols, buffers, kinds = {}, {}, {}
     for number, (parameter, argument) in enumerate(zip(function.params, arguments, strict=True)):
         if not isinstance(argument, np.ndarray):

@@ -6,57 +6,69 @@ code: it shares the data types and what a single operation costs, which have tes
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+
 from porter.simulate.cost import Core
 from porter.simulate.program import Loop, Program, When, sizes
 from porter.target import TargetSpec
 
+OPERATORS = {
+    "+": np.add,
+    "-": np.subtract,
+    "*": np.multiply,
+    "//": np.floor_divide,
+    "%": np.mod,
+    "min": np.minimum,
+    "max": np.maximum,
+    "<": np.less,
+    "<=": np.less_equal,
+    "==": np.equal,
+    "!=": np.not_equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "not": np.logical_not,
+    "select": np.where,
+}
 
-def number(expression: Any, at: dict[str, int]) -> int:
-    """The value of an expression, points counted one by one."""
-    if isinstance(expression, int):
-        return int(expression)
-    if isinstance(expression, str):
-        return at[expression]
-    kind, *parts = expression
-    if kind == "count":
-        names = [name for name, _ in parts[0]]
-        spans = [range(number(extent, at)) for _, extent in parts[0]]
-        points = itertools.product(*spans)
-        return sum(bool(number(parts[1], at | dict(zip(names, point, strict=True)))) for point in points)
-    if kind == "together":
+
+def number(expression: Any, at: dict[str, Any]) -> int:
+    """The value of an expression; all points of a `count` are looked at."""
+    if isinstance(expression, tuple) and expression[0] == "count":
+        spans = [number(extent, at) for _, extent in expression[1]]
+        points = np.indices(spans, sparse=True) if spans else ()
+        names = [name for name, _ in expression[1]]
+        holds = values(expression[2], at | dict(zip(names, points, strict=True)))
+        return int(np.count_nonzero(np.broadcast_to(holds, spans)))
+    if isinstance(expression, tuple) and expression[0] == "together":
         total, whole = 1, True
-        for along, size in parts[0][::-1]:
+        for along, size in expression[1][::-1]:
             total *= number(along, at) if whole else 1
             whole = whole and number(along, at) == number(size, at)
         return total
-    if kind == "select":
-        return number(parts[1] if number(parts[0], at) else parts[2], at)
-    a, *rest = (number(part, at) for part in parts)
-    b = rest[0] if rest else 0
-    return int(
-        {
-            "+": lambda: a + b,
-            "-": lambda: a - b,
-            "*": lambda: a * b,
-            "//": lambda: a // b,
-            "%": lambda: a % b,
-            "min": lambda: min(a, b),
-            "max": lambda: max(a, b),
-            "<": lambda: a < b,
-            "<=": lambda: a <= b,
-            "==": lambda: a == b,
-            "!=": lambda: a != b,
-            "and": lambda: bool(a and b),
-            "or": lambda: bool(a or b),
-            "not": lambda: not a,
-        }[kind]()
-    )
+    return int(values(expression, at))
+
+
+def values(expression: Any, at: dict[str, Any]) -> Any:
+    """At all points that `at` has arrays for."""
+    if isinstance(expression, int):
+        return expression
+    if isinstance(expression, str):
+        return at[expression]
+    kind, *parts = expression
+    if kind in ("count", "together"):
+        arrays = {name: known for name, known in at.items() if isinstance(known, np.ndarray)}
+        if not arrays:
+            return number(expression, at)
+        grids = np.broadcast_arrays(*arrays.values())
+        points = zip(*(grid.ravel().tolist() for grid in grids), strict=True)
+        found = [number(expression, at | dict(zip(arrays, point, strict=True))) for point in points]
+        return np.reshape(found, grids[0].shape)
+    return 1 * OPERATORS[kind](*(values(part, at) for part in parts))  # truth is 0 or 1
 
 
 @dataclass

@@ -64,7 +64,7 @@ def assert_annotated(function: tirx.PrimFunc, spec: TargetSpec) -> None:
             dma = spec.dma[str(block.annotations["porter.copy"])]
             assert {dma.source, dma.to} == reads | writes or block.name_hint.endswith("_gather")
         elif "porter.matrix" in kinds:
-            assert reads - writes == {spec.matrix.reads}
+            assert reads | writes == {spec.matrix.reads, spec.matrix.accumulates}
             assert writes == {spec.matrix.accumulates}
             step = spec.matrix.formats[str(block.annotations["porter.matrix"])].step.value
             assert all(a <= b for a, b in zip(block.annotations["porter.mnk"], step, strict=True))

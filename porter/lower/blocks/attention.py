@@ -1,11 +1,13 @@
-"""Attention over a cache of floats, as products of rounded operands around a softmax in float32.
+"""Attention over a cache, as products of rounded operands around a softmax in float32.
 
     y = softmax(softcap(scale * q kᵀ) + mask) v
 
-Blocks: `q_cast`, `k_cast`, `product` (scores), `score` (scale, softcap, mask), `score_max`, `weight` (exp),
-`weight_sum`, `p_cast`, `v_cast`, `product_1` (weighted values), `y_divide`. Weights are rounded as operands
-before they are divided by their sum, which stays float32, as in FlashAttention-2 (Dao 2023). What queries,
-masks and lengths mean is said by `porter.lower.kernels.attention.Attention`.
+Codes of a cache become numbers as they become operands (`porter.lower.blocks.caches`), so nothing but codes
+comes out of the memory. Blocks: `q_cast`, `k_cast`, `product` (scores), `score` (scale, softcap, mask),
+`score_max`, `weight` (exp), `weight_sum`, `p_cast`, `v_cast`, `product_1` (weighted values), `y_divide`.
+Weights are rounded as operands before they are divided by their sum, which stays float32, as in
+FlashAttention-2 (Dao 2023). What queries, masks and lengths mean is said by
+`porter.lower.kernels.attention.Attention`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from porter.lower.blocks.caches import Reader
 from porter.lower.blocks.define import (
     Expr,
     T,
@@ -36,7 +39,7 @@ NOT_SEEN = float("-inf")
 def attention(spec: Attention, keys: Unit, values: Unit) -> tirx.PrimFunc:
     """q, k, v (, lengths) (, mask) -> y [b, hq, s, dv], as the host has them; no key seen gives zeros.
 
-    `keys` multiplies q and k, `values` weights and v. k and v are plain rows of floats.
+    `keys` multiplies q and k, `values` weights and v.
     """
     buffers = [
         ("q", ("b", spec.query_heads, "s", spec.key.width), "float32"),
@@ -101,8 +104,10 @@ class _Kernel:
         shape = [self.batch, spec.heads, self.length, width]
         k = scratch("k_operand", shape, unit.w.storage)
         with block("k_cast", shape) as (*at, d):
-            read = self._within(spec.key.width, width, d, lambda d: self._wide("k", *at, d))
-            store(k, unit.w.rounded(read), *at, d)
+            keys = Reader(spec.key, self.at, "k")
+            T.reads(*keys.regions((*at, tirx.min(d, i64(spec.key.width - 1)))))
+            read = self._within(spec.key.width, width, d, lambda d: keys.number((*at, d)))
+            store(k, unit.w.rounded(read, once=True), *at, d)
         raw = scratch("raw", [*rows, self.length])
         shared = i64(spec.query_heads // spec.heads)
         products(
@@ -149,11 +154,13 @@ class _Kernel:
         shape = [self.batch, spec.heads, spec.value.width, padded]
         v = scratch("v_operand", shape, unit.w.storage)
         with block("v_cast", shape) as (b, h, d, t):
-            end = self.length
+            values, end = Reader(spec.value, self.at, "v"), self.length
+            T.reads(*values.regions((b, h, t, d), lengths=spec.offset == "lengths"))
             if spec.offset == "lengths":
                 end = tirx.min(end, self.at["lengths"][b])
-            read = choose(t < end, self._wide("v", b, h, tirx.min(t, self.length - i64(1)), d), f32(0))
-            store(v, unit.w.rounded(read), b, h, d, t)
+            last = tirx.min(t, self.length - i64(1))
+            read = choose(t < end, values.number((b, h, last, d)), f32(0))
+            store(v, unit.w.rounded(read, once=True), b, h, d, t)
         out = scratch("out", [*rows, spec.value.width])
         shared = i64(spec.query_heads // spec.heads)
         products(
@@ -165,10 +172,6 @@ class _Kernel:
             out,
         )
         return out
-
-    def _wide(self, name: str, *index: Expr) -> Expr:
-        buffer = self.at[name]
-        return buffer[index] if str(buffer.dtype) == "float32" else tirx.Cast("float32", buffer[index])
 
     @staticmethod
     def _within(size: Expr | int, padded: Expr | int, i: Expr, read: Callable[[Expr], Expr]) -> Expr:

@@ -35,6 +35,10 @@ def choose(condition: Expr, value: Expr, other: Expr) -> Expr:
     return tirx.if_then_else(condition, value, other)
 
 
+PLAIN = "porter.plain"
+"""A kernel's attribute: its blocks whose result is, bit for bit, what they read, but for infinities."""
+
+
 def marked(kind: str, form: str = "") -> dict[str, str]:
     """A kernel's attributes for whoever schedules it: what it is, and the format that the matrix unit
     multiplies ("": nothing is for the matrix unit)."""
@@ -43,6 +47,7 @@ def marked(kind: str, form: str = "") -> dict[str, str]:
 
 __all__ = [
     "LANES",
+    "PLAIN",
     "Dim",
     "Expr",
     "Spec",

@@ -66,11 +66,21 @@ class Operand:
         kind = tirx.IntImm if "int" in self.storage else tirx.FloatImm
         return kind(self.storage, 0)
 
-    def rounded(self, x: Expr) -> Expr:
-        """float32 -> the nearest number of the form, ties to even, as it is stored."""
+    def rounded(self, x: Expr, *, once: bool = False) -> Expr:
+        """float32 -> the nearest number of the form, ties to even, as it is stored. `once`: x is long, and
+        gets a name. (Inside of the cast: TVM takes a named bfloat16 for an integer.)"""
         assert not self.coded, self
         if self.form == "fp32" and not self.flush:
             return x
+        if once:
+            name = tirx.Var("number", "float32")
+            value = tirx.Let(name, x, self._nearest(name))
+        else:
+            value = self._nearest(x)
+        return value if self.storage == "float32" else tirx.Cast(self.storage, value)
+
+    def _nearest(self, x: Expr) -> Expr:
+        """In float32."""
         value = self._half(x) if self.form == "fp16" else _to_mantissa(x, MANTISSA[self.form])
         if self.saturates and self.form != "fp32":
             limit = self.largest
@@ -78,8 +88,7 @@ class Operand:
         if self.flush:
             value = flushed(value, _SMALLEST.get(self.form, 2.0**-126))
         # Last, because a minimum of NaN and a number is the number.
-        value = tirx.Select(_magnitude(x) > tirx.IntImm("uint32", 0x7F800000), x, value)
-        return value if self.storage == "float32" else tirx.Cast(self.storage, value)
+        return tirx.Select(_magnitude(x) > tirx.IntImm("uint32", 0x7F800000), x, value)
 
     @staticmethod
     def _half(x: Expr) -> Expr:

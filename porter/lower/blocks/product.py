@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from porter.lower.blocks.define import (
+    PLAIN,
     Expr,
     Spec,
     block,
@@ -23,7 +24,7 @@ from porter.lower.blocks.define import (
     store,
     tirx,
 )
-from porter.lower.blocks.operand import Operand, flushed
+from porter.lower.blocks.operand import Operand, codec_of, flushed
 from porter.lower.blocks.packed import Packed, grouped
 from porter.lower.blocks.unit import Unit, cast, products
 from porter.lower.kernels.codecs import CODECS, Codec
@@ -92,7 +93,18 @@ class Product:
         """The PrimFunc."""
         names = [n for n, _, _ in self.buffers()]
         func = define(self.name, self.buffers(), lambda *given, **dims: self._body(names, given, dims))
-        return func.with_attr(marked("product", self.unit.name))
+        return func.with_attr(marked("product", self.unit.name)).with_attr(PLAIN, self._plain)
+
+    @property
+    def _plain(self) -> list[str]:
+        """The blocks that change nothing: what is stored is what the unit multiplies."""
+        layout, x, w = self.layout, self.unit.x, self.unit.w
+        stored = self.x.codec if self.x.group else "fp32"
+        plain_x = stored == codec_of(x.form) and not (self.x.zero or (x.flush and not x.coded))
+        plain_w = layout.codec_name == codec_of(w.form) and not (layout.zero or layout.micro)
+        plain_w = plain_w and (w.coded or not grouped(layout))
+        whole = self._steps.padded(layout.k) == layout.k
+        return [n for n, plain in (("x_cast", plain_x), ("w_decode", plain_w)) if plain and whole]
 
     def _body(self, names: list[str], given: tuple[tirx.Buffer, ...], dims: dict[str, tirx.Var]) -> None:
         at, weights = dict(zip(names, given, strict=True)), [n for n, _, _ in self.layout.buffers()]

@@ -102,10 +102,9 @@ def _reading(
 ) -> tuple[Source, list[relax.Expr], list[Any]]:
     """How the kernel reads keys or values, its arguments, and their dimensions as floats. A stored cache is
     read as it is where its rows are as long as the attention's."""
-    coded = imp.templates.reads_caches
-    if coded and isinstance(value, StoredCache) and value.total is total:
+    if isinstance(value, StoredCache) and value.total is total:
         return source(value), list(value.args), list(value.shape)
-    if coded and isinstance(value, Quantized):
+    if isinstance(value, Quantized):
         dims = shape_of(imp, value)
         one_scale_per_token = len(dims) == 4 and value.axis == 3 and value.block == dims[3]
         known = value.codec in ("int8", "int4", "e4m3fn", "e5m2") and value.zeros is None

@@ -19,14 +19,16 @@ from porter.lower.importer.precision import cast
 from porter.lower.importer.program import Importer
 from porter.lower.importer.residual import joined_halves, source
 from porter.lower.importer.values import StoredCache, Value
-from porter.lower.kernels.append import append_stored
 from porter.lower.kernels.residual import Residual, projection
-from porter.lower.kernels.stored import Stored, read_stored
+from porter.lower.kernels.stored import Stored
 from porter.lower.kernels.tagged import Tagged, assign_slots
 
 
 def _assign(imp: Importer, node: ir.Node, slots: Value, tags: Value, lengths: Value, more: Value) -> Value:
     """Writes into the caller's slots where they are the graph's own input, else into a copy."""
+    if not imp.templates.rare_caches:
+        what = "a cache with tags has a lowering for family host alone"
+        raise TargetError("PORT-0432", what, where=imp.current, hint="choose another scheme with --kv")
     held, lent = imp.tensor(slots), imp.lent(node)
     try:
         scheme = parse(attribute(node, "scheme", ""))
@@ -46,12 +48,19 @@ def _append(imp: Importer, node: ir.Node, *inputs: Value) -> tuple[Value, ...]:
     spec = _spec(imp, node, caches, (_capacity(imp, node, caches, steps), imp.shape(new)[3]))
     lent = [imp.lent(node, i) for i in range(count)]
     heads = imp.shape(caches[0])[1]
-    kernel = imp.kernel(("append", spec, heads), lambda: append_stored(spec, heads))
-    own = [c if mine else imp.copied(c) for c, mine in zip(caches, lent, strict=True)]
-    owners = [v.name if mine else None for v, mine in zip(node.inputs, lent, strict=False)]
+    suffixes = [suffix for suffix, _, _ in spec.planned(heads)]
+    own = {n: c if mine else imp.copied(c) for n, c, mine in zip(suffixes, caches, lent, strict=True)}
+    owners = {n: v.name if mine else None for n, v, mine in zip(suffixes, node.inputs, lent, strict=False)}
     if spec.side.residual:
         steps.append(relax.const(projection(spec.width), "float64"))
-    return imp.overwrite_all(kernel, [*own, cast(imp, new, "float32"), lengths, *steps], owners)
+    tokens = cast(imp, new, "float32")
+    for part in imp.templates.appends(spec, heads):
+        kernel = imp.kernel((part.name, spec, heads), part.make)
+        args = [own[n] for n in (*part.writes, *part.reads)]
+        args += [tokens, lengths, *(steps if part.beside else [])]
+        made = imp.overwrite_all(kernel, args, [owners[n] for n in part.writes])
+        own |= dict(zip(part.writes, made, strict=True))
+    return tuple(own.values())
 
 
 def _read(imp: Importer, node: ir.Node, *inputs: Value) -> Value:
@@ -69,7 +78,7 @@ def _read(imp: Importer, node: ir.Node, *inputs: Value) -> Value:
 def read(imp: Importer, cache: StoredCache) -> relax.Expr:
     """All tokens as floats, for whoever is no Attention."""
     heads, spec = cache.shape[1], source(cache)
-    kernel = imp.kernel(("read", spec, heads), lambda: read_stored(spec, heads))
+    kernel = imp.kernel(("read", spec, heads), lambda: imp.templates.read(spec, heads))
     tokens = imp.call(kernel, [*cache.args, cache.total], [*cache.shape[:3], spec.width], "float32")
     return joined_halves(imp, tokens) if isinstance(spec, Residual) else tokens
 

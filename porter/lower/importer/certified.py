@@ -24,7 +24,7 @@ from porter.lower.kernels.stored import Stored
 
 
 def _attend(imp: Importer, node: ir.Node, q: Value, *inputs: Value) -> tuple[Value, ...]:
-    if not imp.templates.reads_caches:
+    if not imp.templates.rare_caches:
         what = "attention over a certified cache has a lowering for family host alone"
         raise TargetError("PORT-0432", what, where=imp.current, hint="choose another scheme with --kv")
     query, given = imp.tensor(q), [imp.tensor(v) for v in inputs]

@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import ml_dtypes
 import numpy as np
 
-from porter.formats.elements import ELEMENTS, FLOATS
 from porter.kv import codebook
-from porter.lower.kernels.codecs import encode_float
 from porter.lower.kernels.define import Expr, Spec, T, define, f32, i64, local, loop, store, tirx
+from porter.lower.kernels.grouping import Grouping, alone, code_of, widened
 from porter.lower.kernels.residual import write_residual
 from porter.lower.kernels.steps import stored_step
 from porter.lower.kernels.stored import WIDE, Stored
@@ -96,7 +94,7 @@ class _Append:
         with loop(tirx.max(end - first, i64(0))) as i, loop(self.spec.width) as d:
             token = first + i
             value = self._exact(token, d) if suffix == "_copy" else self._copied(token, d)
-            store(buffer, _wide(value, str(buffer.dtype)), *self.row, slot(token), d)
+            store(buffer, widened(value, str(buffer.dtype)), *self.row, slot(token), d)
 
     def _exact(self, token: Expr, d: Expr) -> Expr:
         return self.new[(*self.row, token - self.start, d)]
@@ -105,14 +103,14 @@ class _Append:
         """A new token as the exact copy holds it."""
         copy = self.spec.scheme.copy if self.spec.side.coded else ""
         value = self._exact(token, d)
-        return tirx.Cast("float32", _wide(value, WIDE[copy])) if copy else value
+        return tirx.Cast("float32", widened(value, WIDE[copy])) if copy else value
 
     def _value(self, token: Expr, d: Expr) -> Expr:
         """Token `token`, from the window or new, rounded as the window rounds it."""
         spec, high = self.spec, WIDE[self.spec.scheme.high]
         if not spec.scheme.windowed(spec.side):
             return self._copied(token, d)
-        fresh = tirx.Cast("float32", _wide(self._copied(tirx.max(token, self.start), d), high))
+        fresh = tirx.Cast("float32", widened(self._copied(tirx.max(token, self.start), d), high))
         if "_window" not in self.state:
             return fresh
         held = tirx.Cast("float32", self.state["_window"][(*self.row, spec.slot(token), d)])
@@ -143,7 +141,7 @@ class _Append:
         elif side.along == "tokens":
             place = to // i64(side.group)
             with loop(width) as d:
-                number = _Grouping(self, side.group, lambda k: self._value(sink + first + k, d)).emit()
+                number = self._grouping(side.group, lambda k: self._value(sink + first + k, d))
                 self._store_group(number, place, d)
                 store(step, number.step, d)
                 store(low, number.low, d)
@@ -152,7 +150,7 @@ class _Append:
             for g in range(-(-width // each)):
                 size = min(each, width - g * each)
                 channel = i64(g * each)
-                number = _Grouping(self, size, lambda k, c=channel: self._value(sink + first, c + k)).emit()
+                number = self._grouping(size, lambda k, c=channel: self._value(sink + first, c + k))
                 self._store_group(number, to, i64(g))
                 with loop(size) as k:
                     store(step, number.step, channel + k)
@@ -161,28 +159,17 @@ class _Append:
             codes = _padded(width)
             with loop(width) as d:
                 value = self._value(sink + first + i, d)
-                store(codes, self._code(value, step[d], low[d]), d)
+                store(codes, code_of(side, value, step[d], low[d]), d)
             self._pack(codes, to + i, 0, width, side.bits)
 
-    def _store_group(self, number: _Grouping, place: Expr, index: Expr) -> None:
+    def _grouping(self, size: int, value: Callable[[Expr], Expr]) -> Grouping:
+        return Grouping(self.spec.side, str(self.state["_scale"].dtype), size, value).emit()
+
+    def _store_group(self, number: Grouping, place: Expr, index: Expr) -> None:
         scale = self.state["_scale"]
         store(scale, tirx.Cast(str(scale.dtype), number.step), *self.row, place, index)
         if "_min" in self.state:
             store(self.state["_min"], tirx.Cast(str(scale.dtype), number.low), *self.row, place, index)
-
-    def _code(self, value: Expr, step: Expr, low: Expr) -> Expr:
-        """int32, in the low bits; a negative step is that of an asymmetric group."""
-        element = self.spec.side.element
-        if element == "e4m3fn":
-            return tirx.Cast("int32", encode_float(FLOATS[element], value / step))
-        if self.spec.side.hybrid:
-            top = (1 << self.spec.side.bits) - 1
-            other = rounded((value - low) / (f32(0) - step), 0, top)
-            form = ELEMENTS[element]
-            return tirx.Select(step < f32(0), other, rounded(value / step, form.smallest, form.largest))
-        form = ELEMENTS[element]
-        shifted = value - low if element.startswith("uint") else value
-        return rounded(shifted / step, form.smallest, form.largest)
 
     def _pack(
         self, codes: tirx.Buffer, token: Expr, byte: int, width: int, bits: int, suffix: str = "_codes"
@@ -234,7 +221,7 @@ class _Append:
             self._pack(codes, token, byte, size, bits)
             if side.residual:
                 with loop(size) as d:
-                    held = _product(_looked_up(codebook.table(bits)[0], codes[d]), step[0])
+                    held = alone(_looked_up(codebook.table(bits)[0], codes[d]), step[0])
                     store(rest, self._value(sink + token, i64(channel) + d) - held, i64(channel) + d)
             byte += -(-size * bits // 8)
             channel += size
@@ -248,86 +235,6 @@ class _Append:
                 signs,
             )
             self._pack(signs, token, 0, self.spec.width, 1, "_signs")
-
-
-class _Grouping:
-    """The step and the minimum of a group's values, as they are stored, in float32."""
-
-    def __init__(self, place: _Append, size: int, value: Callable[[Expr], Expr]) -> None:
-        self.side, self.dtype = place.spec.side, str(place.state["_scale"].dtype)
-        self.size, self.value = size, value
-        self.kept = local(2)
-
-    @property
-    def step(self) -> Expr:
-        """Negative for a hybrid group that is asymmetric."""
-        return self.kept[0]
-
-    @property
-    def low(self) -> Expr:
-        """0 for a symmetric one."""
-        return self.kept[1]
-
-    def emit(self) -> _Grouping:
-        side = self.side
-        if side.element.startswith("uint"):
-            self._asymmetric(ELEMENTS[side.element].largest)
-        else:
-            store(self.kept, self._symmetric(), 0)
-            store(self.kept, f32(0), 1)
-        if side.hybrid:
-            self._better()
-        return self
-
-    def _peaks(self) -> tirx.Buffer:
-        """The largest, the smallest, the largest magnitude, and the two numbers of levels to divide by."""
-        peaks = local(3)
-        store(peaks, f32(-np.inf), 0)
-        store(peaks, f32(np.inf), 1)
-        store(peaks, f32(0), 2)
-        with loop(self.size) as k:
-            value = self.value(k)
-            store(peaks, tirx.max(peaks[0], value), 0)
-            store(peaks, tirx.min(peaks[1], value), 1)
-            store(peaks, tirx.max(peaks[2], tirx.max(value, f32(0) - value)), 2)
-        return peaks
-
-    def _symmetric(self) -> Expr:
-        return self._stored(self._peaks()[2], float(ELEMENTS[self.side.element].largest))
-
-    def _asymmetric(self, levels: int) -> None:
-        peaks = self._peaks()
-        store(self.kept, self._stored(peaks[0] - peaks[1], float(levels)), 0)
-        limit = f32(float(np.finfo(self.dtype).max))
-        low = tirx.max(tirx.min(peaks[1], limit), f32(0) - limit)
-        store(self.kept, tirx.Cast("float32", tirx.Cast(self.dtype, low)), 1)
-
-    def _stored(self, value: Expr, levels: float) -> Expr:
-        divisor = local(1)
-        store(divisor, f32(levels), 0)  # TVM would multiply by a constant's inverse
-        return tirx.Cast("float32", stored_step(value / divisor[0], self.dtype))
-
-    def _better(self) -> None:
-        """The asymmetric form where its L1 error is smaller; a sum of many may round otherwise than numpy's,
-        so errors that differ by less than that may be taken for equal, or the other way."""
-        top, form = (1 << self.side.bits) - 1, ELEMENTS[self.side.element]
-        symmetric, errors = local(1), local(2)
-        store(symmetric, self.kept[0], 0)
-        self._asymmetric(top)
-        store(errors, f32(0), 0)
-        store(errors, f32(0), 1)
-        with loop(self.size) as k:
-            value = self.value(k)
-            code = rounded(value / symmetric[0], form.smallest, form.largest)
-            one = _product(code, symmetric[0]) - value
-            code = rounded((value - self.low) / self.step, 0, top)
-            two = _product(code, self.step) + self.low - value
-            store(errors, errors[0] + tirx.max(one, f32(0) - one), 0)
-            store(errors, errors[1] + tirx.max(two, f32(0) - two), 1)
-        use = local(1, "bool")
-        store(use, errors[1] < errors[0], 0)
-        store(self.kept, tirx.Select(use[0], f32(0) - self.step, symmetric[0]), 0)
-        store(self.kept, tirx.Select(use[0], self.low, f32(0)), 1)
 
 
 def _padded(width: int) -> tirx.Buffer:
@@ -345,32 +252,3 @@ def _looked_up(values: np.ndarray, code: Expr) -> Expr:
     for i, value in enumerate(values[1:], 1):
         found = tirx.Select(code >= tirx.IntImm("int32", i), f32(float(value)), found)
     return found
-
-
-def _product(code: Expr, step: Expr) -> Expr:
-    """code * step, rounded to float32 by itself: else LLVM fuses it with the addition behind it."""
-    exact = tirx.Cast("float64", code) * tirx.Cast("float64", step)
-    return tirx.Cast("float32", exact)
-
-
-def rounded(value: Expr, low: int, high: int) -> Expr:
-    """To the nearest integer, ties to even, between low and high; int32."""
-    code = tirx.max(tirx.min(tirx.nearbyint(value), f32(float(high))), f32(float(low)))
-    return tirx.Cast("int32", code)
-
-
-def _wide(value: Expr, dtype: str) -> Expr:
-    """To a wide float type, at most its largest number."""
-    if dtype == "float32":
-        return value
-    limit = f32(float(ml_dtypes.finfo(dtype).max))
-    value = tirx.max(tirx.min(value, limit), f32(0) - limit)
-    return tirx.Cast(dtype, _to_bfloat16(value) if dtype == "bfloat16" else value)
-
-
-def _to_bfloat16(value: Expr) -> Expr:
-    """Rounded to nearest, ties to even, in float32: TVM drops a cast to bfloat16 and back."""
-    bits = T.reinterpret("uint32", value)
-    odd = (bits >> tirx.IntImm("uint32", 16)) & tirx.IntImm("uint32", 1)
-    up = bits + odd + tirx.IntImm("uint32", 0x7FFF)
-    return T.reinterpret("float32", up & tirx.IntImm("uint32", 0xFFFF0000))

@@ -32,7 +32,7 @@ def counting() -> tirx.PrimFunc:
 def wrapped(dtype: str, count: int = 1) -> tirx.PrimFunc:
     """indices [m, count], a size for each column -> int64 [m, count], negative indices counted from the end.
 
-    An index that lies outside of its size stops the program.
+    An index that lies outside of its size stops the program; without asserts, it wraps around.
     """
 
     def body(indices, out, m, **sizes):
@@ -40,7 +40,8 @@ def wrapped(dtype: str, count: int = 1) -> tirx.PrimFunc:
             for column in range(count):
                 index, size = tirx.Cast("int64", indices[i, column]), sizes[f"size{column}"]
                 check(tirx.all(index >= -size, index < size), OUTSIDE)
-                store(out, tirx.Select(index < i64(0), index + size, index), i, column)
+                # Also where there is no stopping, on a device, none is read that lies outside.
+                store(out, tirx.floormod(index, size), i, column)
 
     arguments: list[Spec] = [(f"size{i}", (), "scalar") for i in range(count)]
     shape = ("m", count)

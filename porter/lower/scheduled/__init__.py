@@ -3,6 +3,7 @@
 from porter.lower import tvm_setup  # noqa: F401  (before all that imports TVM)
 
 # isort: split
-from porter.lower.scheduled.reader import Programs, bound, read
+from porter.lower.scheduled.calls import step
+from porter.lower.scheduled.reader import kernel, read
 
-__all__ = ["Programs", "bound", "read"]
+__all__ = ["kernel", "read", "step"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from porter.errors import TargetError
-from porter.simulate.expression import Expression
+from porter.simulate.expression import Expression, folded
 
 _BINARY = {
     "Add": "+",
@@ -24,23 +24,37 @@ _BINARY = {
     "Or": "or",
 }
 _TURNED = {"GT": "<", "GE": "<="}
-_FOLDED = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
 class Names:
-    """Of each variable of a kernel, what stands for it: a loop's name, an expression, a number."""
+    """Of each variable of a kernel, what stands for it: a name of its own, or an expression.
 
-    def __init__(self, kernel: str, dimensions: Mapping[str, int]) -> None:
-        self.kernel, self.dimensions = kernel, dimensions
+    `symbols` are the names of those that are no loop's, in the order in which they were met.
+    """
+
+    def __init__(self, kernel: str) -> None:
+        self.kernel = kernel
         self.known: dict[Any, Expression] = {}
         self.taken: set[str] = set()
+        self.symbols: list[str] = []
 
-    def loop(self, loop: Any) -> tuple[str, Expression]:
-        """A name for the variable of a loop, and its extent; the variable counts from the loop's start."""
-        name = str(loop.loop_var.name)
+    def symbol(self, variable: Any) -> str:
+        """A dimension, or an integer that the kernel is called with."""
+        if variable not in self.known:
+            self.known[variable] = self._name(variable)
+            self.symbols.append(str(self.known[variable]))
+        return str(self.known[variable])
+
+    def _name(self, variable: Any) -> str:
+        name = str(variable.name)
         while name in self.taken:
             name += "'"
         self.taken.add(name)
+        return name
+
+    def loop(self, loop: Any) -> tuple[str, Expression]:
+        """A name for the variable of a loop, and its extent; the variable counts from the loop's start."""
+        name = self._name(loop.loop_var)
         extent, start = self.expression(loop.extent), self.expression(loop.min)
         self.known[loop.loop_var] = name if start == 0 else ("+", name, start)
         return name, extent
@@ -51,7 +65,7 @@ class Names:
             self.known[iterator.var] = self.expression(value)
 
     def expression(self, node: Any) -> Expression:
-        """Raises TargetError PORT-0447 for a dimension without a size, PORT-0445 for what is no integer."""
+        """Raises TargetError PORT-0445 for what is no integer."""
         kind = type(node).__name__
         if isinstance(node, bool | int):
             return int(node)
@@ -60,11 +74,11 @@ class Names:
         if kind == "Cast":
             return self.expression(node.value)
         if kind == "Var":
-            return self._variable(node)
+            return self.known[node] if node in self.known else self.symbol(node)
         if kind in _BINARY:
-            return _folded(_BINARY[kind], self.expression(node.a), self.expression(node.b))
+            return folded(_BINARY[kind], self.expression(node.a), self.expression(node.b))
         if kind in _TURNED:
-            return _folded(_TURNED[kind], self.expression(node.b), self.expression(node.a))
+            return folded(_TURNED[kind], self.expression(node.b), self.expression(node.a))
         if kind == "Not":
             return ("not", self.expression(node.a))
         if kind == "Select":
@@ -83,14 +97,6 @@ class Names:
             return self.expression(node)
         return ("gathered", *(self.place(index) for load in loads for index in load.indices))
 
-    def _variable(self, node: Any) -> Expression:
-        if node in self.known:
-            return self.known[node]
-        if node.name in self.dimensions:
-            return int(self.dimensions[node.name])
-        what = f"nothing says how large the dimension {str(node.name)!r} is"
-        raise TargetError("PORT-0447", what, self.kernel, f"known: {', '.join(sorted(self.dimensions))}")
-
 
 def _loads(node: Any) -> Iterator[Any]:
     if type(node).__name__ in ("TensorLoad", "BufferLoad"):
@@ -102,16 +108,3 @@ def _loads(node: Any) -> Iterator[Any]:
     for part in (*parts, *getattr(node, "args", ())):
         if part is not None and not isinstance(part, int | float):
             yield from _loads(part)
-
-
-def _folded(kind: str, a: Expression, b: Expression) -> Expression:
-    if isinstance(a, int) and isinstance(b, int):
-        if kind in _FOLDED:
-            return int(_FOLDED[kind](a, b))
-        if kind in ("//", "%") and b:
-            return a // b if kind == "//" else a % b
-        if kind in ("min", "max"):
-            return min(a, b) if kind == "min" else max(a, b)
-    if kind == "and" and 1 in (a, b):
-        return b if a == 1 else a
-    return (kind, a, b)

@@ -82,8 +82,9 @@ def _vector(name: str, annotations: Mapping[str, Any], domain: Domain, accesses:
 
 def _copy(name: str, dma: str, domain: Domain, accesses: Sequence[Access]) -> Copy:
     sources, targets = ([a for a in accesses if a.writes == way] for way in (False, True))
-    if len(sources) > 1:  # where it is gathered from, not by which numbers
-        sources = [s for s in sources if any(isinstance(i, tuple) and i[0] == "gathered" for i in s.index)]
+    if len(sources) > 1:  # what is moved, not the numbers that say from where or to where
+        gathered = any(_is_gathered(i) for t in targets for i in t.index)
+        sources = [s for s in sources if (not s.outermost if gathered else any(map(_is_gathered, s.index)))]
     if len(sources) != 1 or len(targets) != 1:
         raise _wrong("a transfer has one buffer on each side", name)
     (source,), (target,) = sources, targets
@@ -94,9 +95,13 @@ def _copy(name: str, dma: str, domain: Domain, accesses: Sequence[Access]) -> Co
     return Copy(name, dma, source.buffer, target.buffer, elements, run, source.bits, transposing)
 
 
+def _is_gathered(index: Expression) -> bool:
+    return isinstance(index, tuple) and index[0] == "gathered"
+
+
 def _length(domain: Domain, index: Expression, size: Expression) -> tuple[Expression, Expression]:
     """Elements along a dimension, and its size; what is gathered lies apart: one of more than one."""
-    if isinstance(index, tuple) and index[0] == "gathered":
+    if _is_gathered(index):
         return 1, 2
     return domain.along(domain.inside((index,))), size
 

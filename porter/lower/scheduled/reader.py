@@ -1,4 +1,4 @@
-"""Scheduled: a scheduled kernel of family tile (TIR) as the simulator's plain `Program`.
+"""Scheduled: a scheduled kernel of family tile (TIR) as the simulator's plain `Kernel` or `Program`.
 
 **One operation** is a block with an annotation, and its domain. Where loops or blocks stand inside of it
 they are the domain; where the block is a leaf, so are the loops around it that hold nothing else, up to one
@@ -21,7 +21,7 @@ registers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -32,85 +32,61 @@ from tvm import tirx
 from porter.errors import TargetError
 from porter.lower.scheduled.expressions import Names
 from porter.lower.scheduled.operations import Access, Domain, operation
+from porter.simulate.binding import Kernel
 from porter.simulate.program import Buffer, Loop, Node, Program, When
 from porter.target import TargetSpec
 
 OPERATIONS = ("porter.copy", "porter.matrix", "porter.vector", "porter.free")
 
 
+def kernel(function: tirx.PrimFunc, spec: TargetSpec, name: str = "") -> Kernel:
+    """`function` for all sizes, under its own name unless it is given one.
+
+    Raises TargetError PORT-0445 for what is not annotated or cannot be read, PORT-0446 for levels that the
+    spec does not have.
+    """
+    attrs = function.attrs
+    own = str(attrs["global_symbol"]) if attrs and "global_symbol" in attrs else "main"
+    return _Reader(function, spec, name or own).kernel()
+
+
 def read(function: tirx.PrimFunc, dimensions: Mapping[str, int], spec: TargetSpec) -> Program:
     """`function` with its symbolic dimensions, by name, at `dimensions`.
 
-    Raises TargetError PORT-0445 for what is not annotated or cannot be read, PORT-0446 for levels that the
-    spec does not have, PORT-0447 for a dimension without a size.
+    Raises what `kernel` raises, and TargetError PORT-0447 for a dimension without a size.
     """
-    return _Reader(function, dimensions, spec).program()
-
-
-def bound(
-    function: tirx.PrimFunc, shapes: Sequence[Sequence[int]], integers: Sequence[int]
-) -> dict[str, int]:
-    """The symbolic dimensions of `function`, called with buffers of these shapes and these integers.
-
-    Raises TargetError PORT-0447 where they do not fit its parameters.
-    """
-    found: dict[str, int] = {}
-    buffers, numbers = iter(shapes), iter(integers)
-    for parameter in function.params:
-        if isinstance(parameter.ty, tirx.buffer.BufferType):
-            for size, given in zip(parameter.shape, next(buffers, ()), strict=False):
-                if isinstance(size, tirx.Var):
-                    found[size.name] = int(given)
-        else:
-            found[parameter.name] = int(next(numbers, 0))
-    if next(buffers, None) is not None or next(numbers, None) is not None:
-        what = "a launch has more arguments than its kernel"
-        raise TargetError("PORT-0447", what, str(function.attrs.get("global_symbol", "")))
-    return found
-
-
-class Programs:
-    """Kernels of a scheduled module, read as they are asked for (see `porter.simulate.simulate_plan`).
-
-    `control` names those that are the control processor's, one number at a time: they take no time here.
-    """
-
-    def __init__(self, module: tvm.IRModule, spec: TargetSpec, control: Collection[str] = ()) -> None:
-        self.functions = {name.name_hint: function for name, function in module.functions.items()}
-        self.spec, self.control = spec, control
-
-    def __call__(self, kernel: str, shapes: Sequence[Sequence[int]], integers: Sequence[int]) -> Program:
-        """Raises TargetError PORT-0449 for a kernel that is not in the module, or is no PrimFunc."""
-        if kernel in self.control:
-            return Program(kernel, (), ())
-        function = self.functions.get(kernel)
-        if not isinstance(function, tirx.PrimFunc):
-            raise TargetError("PORT-0449", "a launch calls a kernel that has no scheduled program", kernel)
-        return replace(read(function, bound(function, shapes, integers), self.spec), name=kernel)
+    return kernel(function, spec).at(dimensions)
 
 
 @dataclass
 class _Reader:
     function: tirx.PrimFunc
-    dimensions: Mapping[str, int]
     spec: TargetSpec
+    name: str
     slots: dict[Any, int] = field(default_factory=dict)
 
-    def program(self) -> Program:
-        attrs = self.function.attrs
-        self.name = str(attrs["global_symbol"]) if attrs and "global_symbol" in attrs else "main"
-        self.names = Names(self.name, self.dimensions)
+    def kernel(self) -> Kernel:
+        self.names = Names(self.name)
         self.outermost = next(iter(self.spec.memory))
         self.buffers: dict[Any, Buffer] = {}
         for parameter in self.function.params:
-            if isinstance(parameter.ty, tirx.buffer.BufferType):
-                self.declare(parameter)
+            self.parameter(parameter)
         body = self.statement(self.function.body)
         found = (
             replace(buffer, slots=self.slots.get(variable, 1)) if buffer.slots else buffer
             for variable, buffer in self.buffers.items()
         )
-        return Program(self.name, tuple(found), body)
+        return Kernel(self.name, tuple(self.names.symbols), tuple(found), body)
+
+    def parameter(self, variable: Any) -> None:
+        """A buffer, or an integer. Symbols of shapes get their names first, as their callers know them."""
+        if not isinstance(variable.ty, tirx.buffer.BufferType):
+            self.names.symbol(variable)
+            return
+        self.declare(variable)
+        for size in variable.shape:
+            if isinstance(size, tirx.Var):
+                self.names.symbol(size)
 
     def declare(self, variable: Any) -> None:
         scope, name = str(variable.scope()) or "global", variable.name

@@ -38,6 +38,12 @@ def replaced(expression: Any, by: dict[Any, Any]) -> Any:
     return copy.value(expression)
 
 
+def of_own_regions(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The function with blocks that do not say that they read and write arrays of their own: TVM says so of
+    one that another was inlined into, and then takes it for no block of a loop."""
+    return _Local(function, own=False).run()
+
+
 class Rebuilt:
     """A function as it is, but for arrays that TVM left within it in `global`, which become a thread's own,
     and for divisions of what is never negative, which need not round towards minus infinity.
@@ -216,11 +222,22 @@ class Rebuilt:
         return tirx.BufferLoad(self.by.get(old, old), indices)
 
     def _Call(self, node: Any) -> Any:
+        bits = node.args[0] if node.op.name == "tirx.reinterpret" else None
+        if isinstance(bits, tirx.FloatImm) and str(bits.ty.dtype) == "float32":
+            # CUDA's text takes the address of what is reinterpreted, and a number has none.
+            return tirx.Cast(
+                str(node.ty.dtype), tirx.IntImm("uint32", int(np.float32(bits.value).view(np.uint32)))
+            )
         return Call(node.op, self.values(node.args), node.attrs, ret_ty=node.ty)
 
 
 class _Local(Rebuilt):
-    """A scheduled function: blocks below the root keep their arrays to a thread."""
+    """A scheduled function: blocks below the root keep their arrays to a thread. `own`: regions may be of
+    those."""
+
+    def __init__(self, kernel: tirx.PrimFunc, *, own: bool = True) -> None:
+        super().__init__(kernel)
+        self.own = own
 
     def binary(self, node: Any, a: Expr, b: Expr) -> Expr:
         return type(node)(a, b)
@@ -247,10 +264,11 @@ class _Local(Rebuilt):
         init = None if node.init is None else self.statement(node.init)
         arrays = [self.by[b] for b in node.alloc_buffers]
         body = self.statement(node.body)
+        others = [] if self.own else list(node.alloc_buffers)
         return s_tir.SBlock(
             node.iter_vars,
-            node.reads,
-            node.writes,
+            [r for r in node.reads if r.source not in others],
+            [r for r in node.writes if r.source not in others],
             node.name_hint,
             body,
             init,

@@ -16,6 +16,8 @@ from tvm.s_tir.dlight.analysis import normalize_prim_func
 from tvm.s_tir.dlight.base import try_inline
 from tvm_ffi import structural_map
 
+from porter.lower.simt.rebuild import of_own_regions
+
 GROUP = 64  # threads of a group, where no rule of TVM's says how many
 RULES = (dlight.gpu.Matmul, dlight.gpu.GEMV, dlight.gpu.Reduction, dlight.gpu.GeneralReduction)
 
@@ -29,13 +31,24 @@ def attempts(function: tirx.PrimFunc, target: tvm.target.Target) -> Iterator[tir
     if _is_opaque(function):
         yield _by_hand(function)
         return
-    for schedule in (_by_rules, _by_elements, _by_fallback):
+    inlined = _inlined(function)
+    for schedule, given in ((_by_rules, function), (_by_elements, inlined), (_by_fallback, inlined)):
         try:
-            bound = schedule(function, target)
+            bound = schedule(given, target)
         except RuntimeError:  # TVM's; the next attempt may do
             continue
         if bound is not None:
             yield bound.with_attr("global_symbol", str(function.attrs["global_symbol"]))
+
+
+def _inlined(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """With blocks in place of what they compute, where they may be."""
+    schedule = s_tir.Schedule(function)
+    blocks = normalize_prim_func(schedule)
+    if blocks is None:
+        return function
+    try_inline(schedule, blocks)
+    return of_own_regions(schedule.mod["main"])
 
 
 def _by_rules(function: tirx.PrimFunc, target: tvm.target.Target) -> tirx.PrimFunc | None:
@@ -54,13 +67,13 @@ def _by_fallback(function: tirx.PrimFunc, target: tvm.target.Target) -> tirx.Pri
 
 
 def _by_elements(function: tirx.PrimFunc, target: tvm.target.Target) -> tirx.PrimFunc | None:
-    """A thread computes an element, and keeps its sum to itself; blocks that may be inlined are."""
+    """A thread computes an element, and keeps its sum to itself."""
     schedule = s_tir.Schedule(function)
     blocks = normalize_prim_func(schedule)
     if blocks is None:
         return None
     threads = int(target.attrs["max_num_threads"])
-    for found in try_inline(schedule, blocks):
+    for found in blocks:
         block, kinds = found.block_rv, found.dom_kind()
         loops = schedule.get_loops(block)
         spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == "S"]

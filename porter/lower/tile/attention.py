@@ -29,6 +29,7 @@ from porter.lower.tile.padding import STORE, grown, padded
 from porter.lower.tile.staging import CLUSTERS, CORES, FREE, MATRIX, MNK, SLOTS, Staging
 from porter.lower.tile.tiling import UNKNOWN
 
+TOKENS = {"k_cast": 2, "v_cast": 3}  # the number of the axis
 SCORES = ("score", "score_max", "weight", "weight_sum")
 
 
@@ -175,7 +176,7 @@ class _Schedule:
         *rest, k = self._below(product, columns)
         to, tk = schedule.split(k, [None, cut.piece // cut.step.k])
         schedule.reorder(to, tk, *rest)
-        self._operand(self.block("v_cast"), to, self._pieces(to))
+        self._operand(self.block("v_cast"), to, self._pieces(to), self._pieces(places[-1]))
         schedule.decompose_reduction(product, to)
         self._unit(rest[0], cut.columns)
         schedule.annotate(self.block("product_1_init"), FREE, 1)
@@ -202,7 +203,7 @@ class _Schedule:
         loops = self._below(product, tm)
         schedule.reorder(loops[-1], *loops[:-1])
         self._operand(self.block("q_cast"), places[-1], places)
-        self._operand(self.block("k_cast"), to, self._pieces(to))
+        self._operand(self.block("k_cast"), to, self._pieces(to), self._pieces(places[-1]))
         for number in self.staging.inputs(score):
             self.staging.read(score, number, [*places[:-1], to])
         self.staging.vector(score)
@@ -224,13 +225,25 @@ class _Schedule:
     def _same(self, loop: Any, others: tuple[Any, ...]) -> bool:
         return any(self.schedule.get(loop).loop_var.same_as(self.schedule.get(o).loop_var) for o in others)
 
-    def _operand(self, block: Any, inner: Any, places: list[Any]) -> None:
-        schedule = self.schedule
+    def _operand(self, block: Any, inner: Any, places: list[Any], once: list[Any] | None = None) -> None:
+        """A block that makes operands in the loop `inner`; its inputs come in at `places`, but those that all
+        tokens need alike at `once`: a window, in which tokens are anywhere, and lengths."""
+        schedule, copies = self.schedule, self.staging.inputs(block)
+        same = [] if once is None else self._same_for_all(block)
         schedule.set_scope(block, 0, self.chip.path[-1].scope)
         schedule.compute_at(block, inner)
-        for number in self.staging.inputs(block):
-            self.staging.read(block, number, places)
+        for number in copies:
+            self.staging.read(block, number, once if once is not None and number in same else places)
         self.staging.vector(block, 2)
+
+    def _same_for_all(self, block: Any) -> list[int]:
+        """The numbers of what a block reads wherever the token is."""
+        node = self.schedule.get(block)
+        token = node.iter_vars[TOKENS[node.name_hint]].var
+        found = [
+            {v for r in region.region for v in tirx.analysis.undefined_vars(r.min)} for region in node.reads
+        ]
+        return [i for i, used in enumerate(found) if token not in used]
 
     def _unit(self, loop: Any, columns: int) -> None:
         block = self.schedule.blockize(loop)

@@ -34,7 +34,8 @@ def held(function: tirx.PrimFunc, chip: Chip, bounds: Mapping[str, int]) -> list
 
     Of a buffer there is as much as one iteration of the loops around its allocation touches; sizes known
     only at run time count with their `bounds`. Operands count with the bits of the format they are
-    multiplied in. What each core has for itself of a memory that a cluster shares counts for all of them.
+    multiplied in. What each core has for itself of a memory that a cluster shares counts for all of them; of
+    what stays in the cores' own memories from one loop over them to the next, one core's part counts.
     """
     module = tvm.IRModule({"main": function})
     for step in (
@@ -52,28 +53,52 @@ def overflowing(function: tirx.PrimFunc, chip: Chip, bounds: Mapping[str, int]) 
     """The first level that has not enough for the buffers of a scheduled kernel; "" where all fit."""
     found = held(function, chip, bounds)
     totals = {one.level: sum(h.bytes for h in found if h.level == one.level) for one in found}
-    return next((n for n, total in totals.items() if total > int(chip.level(n).size.value)), "")
+    return next((n for n, total in totals.items() if total > chip.room(n)), "")
 
 
 def check(function: tirx.PrimFunc, name: str, chip: Chip, bounds: Mapping[str, int]) -> None:
     """Raise TargetError PORT-0435 when a kernel's buffers overflow a level, naming the largest of them;
-    PORT-0436 when results of a unit step do not fit where `limits` wants them."""
+    PORT-0436 when results of a unit step do not fit where `limits` wants them, or when the steps of a buffer
+    do not begin at whole blocks of the memory, which no padding of the buffer mends."""
     if level := overflowing(function, chip, bounds):
         here = [h for h in held(function, chip, bounds) if h.level == level]
-        total, size = sum(h.bytes for h in here), int(chip.level(level).size.value)
+        total, size = sum(h.bytes for h in here), chip.room(level)
         top = max(here, key=lambda h: h.bytes)
         shape = " x ".join(map(str, top.shape))
         what = f"{name} needs {total:,} bytes of {level}, which has {size:,}: {top.name} takes "
         what += f"{top.bytes:,} ({shape}, {top.slots} slot{'s' * (top.slots > 1)})"
         hint = "convert with a shorter context or narrower weights, or port to a chip with more memory"
         raise TargetError("PORT-0435", what, where=f"{chip.spec.name}: {level}", hint=hint)
-    _check_steps(function, name, chip)
-
-
-def _check_steps(function: tirx.PrimFunc, name: str, chip: Chip) -> None:
-    limits, blocks = chip.spec.limits, []
+    blocks: list[Any] = []
     tvm_ffi.structural_walk(function.body, (s_tir.SBlock, blocks.append))
-    for block in (b for b in blocks if MATRIX in b.annotations):
+    steps = [b for b in blocks if MATRIX in b.annotations]
+    _check_steps(steps, name, chip)
+    if chip.spec.limits.block:
+        _check_blocks(steps, {h.name: h for h in held(function, chip, bounds)}, name, chip)
+
+
+def _check_blocks(steps: list[Any], buffers: Mapping[str, Held], name: str, chip: Chip) -> None:
+    for block in steps:
+        sums = {region.source for region in block.writes}
+        for region in (*block.reads, *block.writes):
+            found = buffers.get(region.source.name)
+            wide = 32 if region.source in sums else bits(str(block.annotations[MATRIX]))
+            sizes = [int(r.extent) for r in region.region][-2:]
+            if found is None or len(sizes) < 2:
+                continue
+            for size, there, multiple, kind in zip(
+                sizes, found.shape[-2:], chip.block(wide), ("rows", "columns"), strict=True
+            ):
+                if size < there and size % multiple:
+                    what = f"{name} takes {size} {kind} of {found.name} at a time, which has {there:,}"
+                    what += f": steps begin at multiples of {multiple}"
+                    hint = "a step of matrix.formats does not go with limits.block and limits.rows"
+                    raise TargetError("PORT-0436", what, f"{chip.spec.name}: {found.level}", hint)
+
+
+def _check_steps(steps: list[Any], name: str, chip: Chip) -> None:
+    limits = chip.spec.limits
+    for block in steps:
         m, n, k = (int(e) for e in block.annotations[MNK])
         sums = block.writes[0].source.name
         for size, limit, kind in (
@@ -163,16 +188,23 @@ class _Walk:
 
     def _extent(self, buffer: Any, dim: int) -> int:
         """How many places of a dimension are touched between allocation and release; all of them where the
-        accesses have no common start."""
+        starts of the accesses are not a fixed way apart."""
         whole = self._most(buffer.shape[dim])
+        own = self.chip.level(buffer.scope().removeprefix(SCOPE)).scope in ("core", "unit")
         start, low, high = None, 0, 0
         for indices, loops in self.accesses.get(buffer, []):
-            inner = {loop.loop_var: tirx.IntImm("int64", 0) for loop in loops[self.found[buffer] :]}
-            base = self.analyzer.simplify(substituted(indices[dim], inner))
+            inner = loops[self.found[buffer] :]
+            zero = tirx.IntImm("int64", 0)
+            if own:  # the first core's part
+                first = {loop.loop_var: zero for loop in inner if CORES in loop.annotations}
+                indices = [substituted(index, first) for index in indices]
+            base = self.analyzer.simplify(substituted(indices[dim], {o.loop_var: zero for o in inner}))
             if start is None:
                 start = base
-            elif not self.analyzer.can_prove_equal(start, base):
+            apart = self.analyzer.simplify(base - start)
+            if not isinstance(apart, tirx.IntImm):
                 return whole
             bound = self.analyzer.const_int_bound(self.analyzer.simplify(indices[dim] - base))
-            low, high = min(low, int(bound.min_value)), max(high, int(bound.max_value))
+            low = min(low, int(apart) + int(bound.min_value))
+            high = max(high, int(apart) + int(bound.max_value))
         return min(whole, high - low + 1)

@@ -78,6 +78,12 @@ class Chip:
         return SCOPE + self.matrix.accumulates
 
     @functools.cached_property
+    def spilling(self) -> str:
+        """The DMA from where the matrix unit reads to its accumulators; "": the vector unit moves sums."""
+        ends = self.matrix.reads, self.matrix.accumulates
+        return next((n for n, d in self.spec.dma.items() if (d.source, d.to) == ends), "")
+
+    @functools.cached_property
     def clusters(self) -> int:
         """How many clusters share a level on the way; 1: there is none."""
         shared = [self.level(h.level) for h in self.path[:-1]]
@@ -90,6 +96,12 @@ class Chip:
         if core is None:
             raise self._lacks("memory of scope core")
         return core.copies // self.clusters
+
+    def room(self, name: str) -> int:
+        """Bytes of a level that one core has, or one cluster, or the chip: a core's units share its work."""
+        level = self.level(name)
+        units = level.copies // (self.cores * self.clusters) if level.scope == "unit" else 1
+        return int(level.size.value) * max(1, units)
 
     def level(self, name: str) -> Level:
         """A level of memory."""
@@ -115,14 +127,21 @@ class Chip:
         limits = self.spec.limits
         dims = [d for d in shape if d != 1]
         if limits.block:
-            rows, columns = _numbers(limits.block)
-            width = str(max(4, min(32, bits)))
-            rows = int(limits.rows[width].value) if width in limits.rows else rows
+            rows, columns = self.block(bits)
             dims = [1, 1, *dims]
-            dims[-2:] = [_up(dims[-2], rows if len(shape) > 1 else 1), _up(dims[-1], columns)]
+            dims[-2:] = [up(dims[-2], rows if len(shape) > 1 else 1), up(dims[-1], columns)]
         total = -(-functools.reduce(int.__mul__, dims, bits) // 8)
         unit = int(limits.alignment.value) if limits.alignment else 1
-        return _up(total, unit * (int(limits.partitions.value) if limits.partitions else 1))
+        return up(total, unit * (int(limits.partitions.value) if limits.partitions else 1))
+
+    def block(self, bits: int) -> tuple[int, int]:
+        """Rows and columns that the last two dimensions of a buffer are made of; 1 and 1 without such."""
+        limits = self.spec.limits
+        if not limits.block:
+            return 1, 1
+        rows, columns = _numbers(limits.block)
+        width = str(max(4, min(32, bits)))
+        return int(limits.rows[width].value) if width in limits.rows else rows, columns
 
     def _lacks(self, what: str) -> TargetError:
         hint = "docs/targets.md says what family tile needs"
@@ -146,5 +165,6 @@ def _numbers(figure: Figure) -> tuple[int, ...]:
     return tuple(int(n) for n in figure.value)
 
 
-def _up(value: int, multiple: int) -> int:
+def up(value: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-value // multiple) * multiple

@@ -1,7 +1,7 @@
 """Gathers: what a block reads where data say becomes a block of its own, which a copy can do.
 
 row_decode: y[i, k] = decode(w[rows[i], k // 2])
-  -->  w_gather: g[i, j] = w[rows[i], j];   row_decode: y[i, k] = decode(g[i, k // 2])
+  -->  row_decode_w_gather: g[i, j] = w[rows[i], j];   row_decode: y[i, k] = decode(g[i, k // 2])
 """
 
 from __future__ import annotations
@@ -77,13 +77,14 @@ def _gather(nest: Nest, load: TensorLoad, by_data: list[int], used: list[int]) -
     ]
     buffer = tirx.decl_buffer(extents, source.dtype, f"{source.name}_rows")
     body = tirx.BufferStore(buffer, source[tuple(indices)], axes)
-    numbers = [_region(inner.source, inner.indices) for d in by_data for inner in _loads(indices[d])]
+    loads = {inner.source: inner.indices for d in by_data for inner in _loads(indices[d])}
+    numbers = [_region(inner, at) for inner, at in loads.items()]
     rows = [Range(0, source.shape[d]) if d in by_data else _one(indices[d]) for d in range(len(indices))]
     block = s_tir.SBlock(
         [tirx.IterVar(Range(0, e), v, tirx.IterVar.DataPar) for v, e in zip(axes, extents, strict=True)],
         [tirx.BufferRegion(source, rows), *numbers],
         [_region(buffer, axes)],
-        f"{source.name}{GATHER}",
+        f"{nest.name}_{source.name}{GATHER}",  # as unique as the nest's
         body,
     )
     loops = [tirx.Var(f"i{i}", "int64") for i in range(len(extents))]

@@ -17,7 +17,8 @@ from tvm.ir.prim.expr import Mul
 
 from porter.lower.tile.nests import Nest, apart, together
 
-STORE = "y_store"  # the block that takes an unscaled product out of the accumulators
+KEEP = "y_keep"  # the block that takes an unscaled product out of the accumulators
+STORE = "y_store"  # the block that drops what is outside of the tensor
 
 
 def padded(function: tirx.PrimFunc, product: str, multiples: Mapping[int, int]) -> tirx.PrimFunc:
@@ -39,7 +40,7 @@ def padded(function: tirx.PrimFunc, product: str, multiples: Mapping[int, int]) 
     out = main.block.writes[0].source
     own = list(function.body.block.alloc_buffers)
     if out not in own:
-        result.append(_store(wider[out][0], out))
+        result.append(_store(wider[out][0], out, KEEP))
     kept = [names.get(b, b) for b in own]
     kept += [new for old, new in names.items() if old not in own]
     return together(function, result, kept)
@@ -72,12 +73,12 @@ def grown(
             store = changed.block.body
             axes = [axis.var for axis in nest.block.iter_vars]
             inside = tirx.all(*[axes[i] < nest.loops[i].extent for i in extents])
-            value = tirx.if_then_else(inside, store.value, tirx.const(outside, "float32"))
+            value = tirx.if_then_else(inside, store.value, tirx.const(outside, str(store.buffer.dtype)))
             changed = changed.with_body(tirx.BufferStore(store.buffer, value, store.indices))
         result.append(changed.resized(extents) if nest.name in names else changed)
     own = list(function.body.block.alloc_buffers)
     results = {old: new for old, new in wider.items() if old not in own}
-    result += [_store(new, old) for old, new in results.items()]
+    result += [_store(new, old, STORE) for old, new in results.items()]
     return together(function, result, [*(wider.get(b, b) for b in own), *results.values()])
 
 
@@ -122,11 +123,11 @@ def _producer(nest: Nest, changed: Nest, grown: Mapping[Any, Any]) -> Nest:
     return changed.with_body(body).resized({i: dims[d] for i, d in numbers.items()})
 
 
-def _store(source: Any, out: Any) -> Nest:
+def _store(source: Any, out: Any, name: str) -> Nest:
     """A nest that copies what is inside of the tensor to where the product was."""
     variables = [tirx.Var(f"v{d}", "int64") for d in range(len(out.shape))]
     return nest_of(
-        STORE, out.shape, tirx.BufferStore(out, source[tuple(variables)], variables), variables, source, out
+        name, out.shape, tirx.BufferStore(out, source[tuple(variables)], variables), variables, source, out
     )
 
 

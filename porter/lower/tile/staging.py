@@ -40,6 +40,18 @@ class Staging:
         for copy, loop in reversed(list(zip(copies, at, strict=True))):
             self.schedule.compute_at(copy, loop)
 
+    def move(self, block: Any, at: Sequence[Any], slots: int) -> None:
+        """`block`, which stands in its loop, is the copy into the last level; those before it are added."""
+        (number,) = self.inputs(block)
+        copies = []
+        for hop in self.chip.path[:-1]:
+            copy = self.schedule.cache_read(block, number, hop.scope, [block])
+            self.annotate(copy, {COPY: hop.dma, SLOTS: 2})
+            copies.append(copy)
+        for copy, loop in reversed(list(zip(copies, at, strict=False))):
+            self.schedule.compute_at(copy, loop)
+        self.annotate(block, {COPY: self.chip.path[-1].dma, SLOTS: slots})
+
     def inwards(self, block: Any, number: int, inner: Any) -> None:
         """Copy what `block` reads in the first level on to the last, in the loop `inner`."""
         copies = []
@@ -50,25 +62,24 @@ class Staging:
         for copy in reversed(copies):
             self.schedule.compute_at(copy, inner)
 
-    def write(self, block: Any, at: Sequence[Any], inner: Any) -> None:
-        """`block`, put into the loop `inner`, writes the innermost level; the copy from hop i outwards stands
-        in the loop at[i]."""
-        copies = [self.schedule.cache_write(block, 0, hop.scope) for hop in self.chip.path]
-        self.schedule.reverse_compute_at(block, inner)
-        self._outwards(copies, at)
+    def cached(self, block: Any) -> list[Any]:
+        """`block` writes the innermost level; gives the copies outwards, hop by hop."""
+        return [self.schedule.cache_write(block, 0, hop.scope) for hop in self.chip.path]
 
     def result(self, block: Any, at: Sequence[Any]) -> None:
-        """`block`, which stays where it is, writes the innermost level; copies outwards as with `write`."""
-        self._outwards([self.schedule.cache_write(block, 0, hop.scope) for hop in self.chip.path], at)
+        """`block`, which stays where it is, writes the innermost level; the copy from hop i outwards stands
+        in the loop at[i]."""
+        self.outwards(self.cached(block), at)
 
     def store(self, block: Any, at: Sequence[Any]) -> None:
         """`block` is the copy from the first level outwards; those before it are added."""
         copies = [block]
         for hop in reversed(self.chip.path[:-1]):
             copies.insert(1, self.schedule.cache_read(block, 0, hop.scope))
-        self._outwards(copies, at)
+        self.outwards(copies, at)
 
-    def _outwards(self, copies: Sequence[Any], at: Sequence[Any]) -> None:
+    def outwards(self, copies: Sequence[Any], at: Sequence[Any]) -> None:
+        """Put copies outwards into their loops."""
         for copy, hop, loop in reversed(list(zip(copies, self.chip.path, at, strict=True))):
             self.annotate(copy, {COPY: hop.dma, SLOTS: 2})
             self.schedule.reverse_compute_at(copy, loop)

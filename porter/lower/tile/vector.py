@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import tvm_ffi
@@ -128,13 +129,18 @@ class _Schedule:
             self._scatter(block, loops)
         elif moved:
             self._move(block, loops)
+        elif moves(self.nests[name]) and scatters(self.nests[name]):
+            self._send(block, before, loops)
         else:
             self._compute(block, before, loops)
 
     def _producers(self, block: Any) -> list[Any]:
-        """All blocks that the block needs, the nearest first."""
+        """All blocks that the block needs, the nearest first. (TVM counts who writes the same buffer too.)"""
         found: list[Any] = []
+        read = {region.source for region in self.schedule.get(block).reads}
         for producer in self.schedule.get_producers(block):
+            if self.schedule.get(producer).writes[0].source not in read:
+                continue
             for one in [producer, *self._producers(producer)]:
                 names = [self.schedule.get(f).name_hint for f in found]
                 if (hint := self.schedule.get(one).name_hint) in names:
@@ -194,16 +200,42 @@ class _Schedule:
         return may
 
     def _compute(self, block: Any, before: list[Any], loops: tuple[Any, Any, Any]) -> None:
-        first, core, _ = loops
-        places = [first] * (len(self.chip.path) - 1) + [core]
+        self.staging.result(block, self._places(loops))
+        self._computed([block], before, loops)
+
+    def _send(self, block: Any, before: list[Any], loops: tuple[Any, Any, Any]) -> None:
+        """What is computed goes out to where other inputs say: the block is the last copy."""
+        schedule, path, moved = self.schedule, self.chip.path, self._moved(block)
+        names = [region.source.name for region in schedule.get(block).reads]
+        for outer, inner in reversed(list(pairwise(path))):
+            copy = schedule.cache_read(block, names.index(moved), outer.scope)
+            schedule.compute_at(copy, loops[1])
+            self.staging.annotate(copy, {COPY: inner.dma, SLOTS: 2})
+        self.staging.annotate(block, {COPY: path[0].dma})
+        self._computed([], before, loops)
+
+    def _moved(self, block: Any) -> str:
+        """The name of the buffer that a block moves."""
+        value = self.nests[self.schedule.get(block).name_hint].block.body
+        while isinstance(value, tirx.IfThenElse):
+            value = value.then_case
+        assert isinstance(value.value, TensorLoad)
+        return value.value.source.name
+
+    def _places(self, loops: tuple[Any, Any, Any]) -> list[Any]:
+        """The loops of copies, hop by hop."""
+        return [loops[0]] * (len(self.chip.path) - 1) + [loops[1]]
+
+    def _computed(self, blocks: list[Any], before: list[Any], loops: tuple[Any, Any, Any]) -> None:
+        """`blocks`, and those before them, in the core's memory, with all that they read brought there."""
+        (_, core, _), places = loops, self._places(loops)
         schedule, staging = self.schedule, self.staging
-        staging.result(block, places)
         gathers = [p for p in before if schedule.get(p).name_hint.endswith(GATHER)]
         computed = [p for p in before if not schedule.get(p).name_hint.endswith(GATHER)]
         for producer in computed:
             schedule.set_scope(producer, 0, self.chip.path[-1].scope)
             schedule.compute_at(producer, core)
-        for one in [block, *computed]:
+        for one in [*blocks, *computed]:
             rows = {schedule.get(g).writes[0].source.name for g in gathers}
             for number in staging.inputs(one):
                 if schedule.get(one).reads[number].source.name in rows:
@@ -227,13 +259,9 @@ class _Schedule:
     def _scatter(self, block: Any, loops: tuple[Any, Any, Any]) -> None:
         """What is moved comes in first; the block is the copy outwards, to where other inputs say."""
         hop = self.chip.path[0]
-        value = self.nests[self.schedule.get(block).name_hint].block.body
-        while isinstance(value, tirx.IfThenElse):
-            value = value.then_case
-        moved: list[Any] = []
-        tvm_ffi.structural_walk(value.value, (TensorLoad, lambda load: moved.append(load.source.name)))
+        moved = self._moved(block)
         for number in self.staging.inputs(block):
-            if self.schedule.get(block).reads[number].source.name in moved:
+            if self.schedule.get(block).reads[number].source.name == moved:
                 copy = self.schedule.cache_read(block, number, hop.scope, [block])
                 self.schedule.compute_at(copy, loops[1])
                 self.staging.annotate(copy, {COPY: hop.dma, SLOTS: 2})

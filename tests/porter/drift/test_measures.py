@@ -276,3 +276,30 @@ def test_json_has_no_bare_infinities():
 def test_shapes_that_do_not_fit(reference, candidate, targets):
     with pytest.raises(DriftError, match="PORT-0601"):
         score(np.zeros(reference), np.zeros(candidate), np.array(targets))
+
+
+def test_intervals_of_all_means_are_those_of_leaving_texts_out():
+    """Against the jackknife: each text left out in turn, which knows of no derivative."""
+    rng = np.random.default_rng(5)
+    texts, length, vocabulary = 40, 12, 9
+    text = np.repeat(np.arange(texts), length)
+    level = np.repeat(rng.gamma(2.0, 0.2, texts), length)[:, None]  # texts that are worse than others
+    reference = rng.normal(size=(len(text), vocabulary)) * 2
+    candidate = reference + rng.normal(size=reference.shape) * level
+    scores = score(reference, candidate, rng.integers(0, vocabulary, len(text)))
+    whole = summarize(scores, text)
+    without = [summarize(scores[text != i], text[text != i]) for i in range(texts)]
+    for measure, width in (
+        *(("kl_mean", "kl_ci95"), ("top1", "top1_ci95"), ("rms_dp", "rms_dp_ci95")),
+        *(("ppl_ratio", "ppl_ratio_ci95"), ("sqnr_db", "sqnr_db_ci95")),
+    ):
+        left = np.array([getattr(d, measure) for d in without])
+        error = math.sqrt((texts - 1) / texts * ((left - left.mean()) ** 2).sum())
+        # The two agree to order 1/texts; a slope forgotten is off by a factor of two and more.
+        assert getattr(whole, width) == pytest.approx(student_t975(texts - 1) * error, rel=4 / texts)
+
+
+def test_measures_without_spread_have_no_width():
+    same = summarize(score(np.eye(20), np.eye(20), np.zeros(20, int)), np.arange(20))
+    assert (same.top1_ci95, same.rms_dp_ci95, same.ppl_ratio_ci95) == (0, 0, 0)
+    assert same.sqnr_db_ci95 is None  # of infinitely many decibels

@@ -1,4 +1,4 @@
-"""porter estimate: one model on targets, as table and JSON; what fits, what it costs, other timers."""
+"""porter estimate: one model on targets, as table and JSON; what fits, what it costs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from porter.errors import OptionError
 from porter.estimate import Model, Options, compare, estimate
 from porter.estimate.config import read
 from porter.estimate.estimate import split
-from porter.estimate.timing import Time, roofline
 
 ROOT = Path(__file__).parents[3]
 SCHEMA = json.loads((ROOT / "docs" / "schemas" / "estimate.schema.json").read_text("utf-8"))
@@ -209,25 +208,6 @@ def test_formats_are_the_targets_own(llama70: Model) -> None:
 def test_the_context_holds_at_least_the_prompt(llama70: Model) -> None:
     found = estimate(llama70, target.load("h200"), Options(prompt=8192, context=100))
     assert found.to_dict()["context"] == 8192
-
-
-def test_a_simulator_takes_the_rooflines_place(llama70: Model) -> None:
-    """The seam: any function of a kernel and a target; collectives stay estimated."""
-    spec, asked = target.load("maia-200"), Options(tp=2)
-
-    def simulated(work, spec):
-        return replace(roofline(work, spec), seconds=1.0, kind="simulated")
-
-    found = estimate(llama70, spec, asked, timer=simulated)
-    runs = sum(part.work.count for part in found.decode if not part.work.kernel.startswith("all-"))
-    links = sum(part.seconds for part in found.decode if part.work.kernel.startswith("all-"))
-    assert math.isclose(found.decode_s, runs + links)
-    assert found.kind == "simulated"
-
-    def half(work, spec) -> Time:
-        return simulated(work, spec) if work.kernel == "gemm" else roofline(work, spec)
-
-    assert estimate(llama70, spec, asked, timer=half).kind == "estimated"
 
 
 def test_one_of_model_and_config(big: Path) -> None:

@@ -506,3 +506,19 @@ def test_families(family: str, tmp_path: Path) -> None:
     names = [p.name for p in report.probes]
     assert {"text in two parts", "without a cache", "a zero embedding row"} <= set(names)
     assert sum("past 7" in n for n in names) == 2
+
+
+def test_the_check_is_kept_beside_the_file(stories_onnx: Path, tmp_path: Path) -> None:
+    from porter import exported, graph
+
+    digest = graph.digest(stories_onnx)
+    found = exported.read(stories_onnx, digest)
+    # Twelve cases of up to 256 tokens; the same function, so what is left is the order of float32 sums.
+    assert found.tokens > 256
+    assert found.kl_mean < 1e-8
+    assert found.top1 == 1.0
+    assert found.ppl is None  # no text says which token is next
+    assert exported.read(stories_onnx, digest[::-1]) is None  # of another file
+    assert exported.read(tmp_path / "model.onnx", digest) is None
+    (tmp_path / "model.export.json").write_text('{"schema": "porter.export/1", "sha256": "' + digest + '"}')
+    assert exported.read(tmp_path / "model.onnx", digest) is None  # half written

@@ -1,14 +1,21 @@
 """The page: complete, self-contained, well-formed, and deaf to what a model's strings say."""
 
+import itertools
 import math
 from html.parser import HTMLParser
 
 import pytest
 
+from porter.drift.attribution import Attribution, Part
+from porter.drift.depth import Level
 from porter.drift.measures import Drift
 from porter.report.chart import chart
+from porter.report.depth import depth
 from porter.report.html import to_html
+from porter.report.planned import picture
 from porter.report.report import DriftReport
+from porter.report.timeline import timelines
+from porter.report.waterfall import waterfall
 from porter.target.placed import Placed
 
 VOID = {"meta", "line", "circle", "polyline", "link", "img", "br"}
@@ -63,7 +70,16 @@ def test_all_that_matters_is_there(make_report):
             "porter convert stories260k.onnx",
             "ab" * 32,
         ),
-        *("simulated", "measured", "estimated", "178.7 KiB", "21 µs", "kl_mean = 0.02"),
+        *(
+            "simulated",
+            "measured",
+            "estimated",
+            "178.7 KiB",
+            "21 µs",
+            "47,000 tokens/s",
+            "counting (1)",
+            "kl_mean = 0.02",
+        ),
     ):
         assert wanted in page.text, wanted
     assert page.tags.count("circle") == 4
@@ -181,3 +197,101 @@ def test_every_head_is_in_the_heat_map(make_report):
     cells = [value for name, value in page.attributes if name == "style" and value.startswith("--tv")]
     assert cells == ["--tv: 0.040", "--tv: 0.080", "--tv: 0.120", "--tv: 0.020", "--tv: 0.040", "--tv: 0.060"]
     assert "attention" not in Page(to_html(make_report(attention=()))).text
+
+
+def test_the_parts_are_drawn_to_scale():
+    def part(name, own, after):
+        return Part(name, (), Drift(kl_mean=own), Drift(kl_mean=after))
+
+    found = Attribution([part("weights", 0.4, 0.4), part("KV cache", 0.2, 0.8), part("lowering", 0.3, 0.6)])
+    falls = waterfall(found)
+    assert [text for _, text in falls.ticks][:2] == ["0", "0.5"]
+    top = float(falls.ticks[-1][1])
+
+    def pieces(i):
+        return {k: (x / 1000 * top, w / 1000 * top) for k, x, w in falls.bars[i].pieces if w}
+
+    near = {"abs": 1e-3 * top}
+    assert pieces(0)["part"] == pytest.approx((0, 0.4), **near)
+    assert pieces(1)["part"] == pytest.approx((0.4, 0.2), **near)
+    assert pieces(1)["met"] == pytest.approx((0.6, 0.2), **near)  # comes on top
+    assert pieces(2)["undone"] == pytest.approx((0.8, 0.3), **near)  # nothing of it stays
+    assert pieces(2)["less"] == pytest.approx((0.6, 0.2), **near)
+    assert "part" not in pieces(2)
+    assert pieces(3) == {"part": pytest.approx((0, 0.6), **near)}
+    assert waterfall(Attribution([part("weights", math.inf, math.inf)])) is None
+    assert waterfall(Attribution()) is None
+
+
+def test_the_memory_is_drawn_where_and_when_it_is_used(make_plan):
+    p = picture(make_plan())
+    assert len(p.blocks) == 5
+    byte = (p.bottom - 34) / (float(p.up[-1][1].split()[0]) * 1024)
+    launch = (p.right - p.left) / 5
+    first = p.blocks[0]
+    assert (first.x, first.width) == (p.left, pytest.approx(2 * launch, abs=0.1))  # launches 0 and 1
+    assert first.y + first.height == pytest.approx(p.bottom, abs=0.1)
+    assert first.height == pytest.approx(4096 * byte, abs=0.2)
+    assert p.blocks[1].y + p.blocks[1].height == pytest.approx(first.y, abs=0.2)  # the next storage
+    assert p.bound[0] == pytest.approx(p.bottom - 12288 * byte, abs=0.2)
+    assert p.up[-1][1] == "15 KiB"
+    assert p.left_out == 0
+    assert picture(make_plan(workspace_bytes=0)) is None
+
+
+def test_a_plan_of_thousands_of_buffers_is_drawn_by_its_largest(make_plan):
+    one = make_plan()["buffers"][0]
+    many = [one | {"bytes": i} for i in range(1, 1001)]
+    p = picture(make_plan(buffers=many))
+    assert (len(p.blocks), p.left_out) == (800, 200)
+
+
+def kernels(*times):
+    bounds = ("bandwidth of hbm", "latency", "matrix", "vector", "dma")
+    return [
+        {"name": f"kernel_{i}", "kind": "simulated", "seconds": t, "calls": i + 1, "bound_by": bounds[i % 5]}
+        for i, t in enumerate(times)
+    ]
+
+
+def test_the_timeline_adds_up():
+    prefill, decode = timelines(
+        {
+            "prefill": {"tokens": 512, "context": 512, "kernels": kernels(1e-4, 3e-4, 2e-5, 5e-6, 9e-4)},
+            "decode": {"tokens": 1, "context": 512, "kernels": kernels(2e-6, 7e-6, 1e-6)},
+        }
+    )
+    assert prefill.total == "5.28 ms"  # 1 x 0.1, 2 x 0.3, 3 x 0.02, 4 x 0.005, 5 x 0.9 ms
+    assert decode.title == "decode step at 512 tokens"
+    ends = [s.x + s.width for s in prefill.segments]
+    assert ends[:-1] == pytest.approx([s.x for s in prefill.segments[1:]], abs=0.11)
+    assert ends[-1] == pytest.approx(prefill.width - 8, abs=0.2)
+    assert next((k.name, k.share, k.bound) for k in prefill.longest) == ("kernel_4", "85.2 %", "dma")
+    assert [shade for shade, _, _ in prefill.bounds] == [0, 1, 2, 3, 3]
+    assert list(timelines({"prefill": None, "decode": {"kernels": []}})) == []
+
+
+def test_depth_goes_down_to_the_last_layer(make_report):
+    d = depth([*make_report().depth, Level("same", 4, math.inf)])
+    assert [m.label for m in d.marks] == ["", "0", "", "1", "", "2", "", "3"]
+    assert all(a.y < b.y for a, b in itertools.pairwise(d.marks))  # down, where pixels grow
+    assert d.summary == "from 40 dB after the first addition to 26 dB after the last"
+    assert depth([Level("one", 0, 3.0)]) is None
+
+
+def test_every_section_is_there_where_its_data_is(make_report, make_plan):
+    full, bare = Page(to_html(make_report(), make_plan())), Page(to_html(DriftReport({}, "host", "", {}, {})))
+    for heading in (
+        *("Where the drift comes from", "Against ordinary rounding", "Nodes that are furthest off"),
+        *("Drift against context length", "Layer by layer", "What becomes of each class", "Memory over time"),
+        *("Where the time goes on the target", "What was done to the model", "What nearly applied"),
+    ):
+        assert heading in full.text
+        assert heading not in bare.text
+    assert "What was run, and how to repeat it" in bare.text
+    assert "rms 6.7 ×" in full.text  # 10 ** ((44 - 27.5) / 20)
+
+
+def test_what_was_not_split_says_why(make_report):
+    skipped = make_report(attribution=Attribution(skipped="the model has 7 weights"), plain=None)
+    assert "Not split by its causes: the model has 7 weights." in Page(to_html(skipped)).text

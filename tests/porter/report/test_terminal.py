@@ -6,6 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
+from porter.drift.attribution import Attribution
 from porter.drift.measures import Drift
 from porter.report.report import DriftReport
 from porter.report.terminal import show
@@ -39,6 +40,8 @@ def test_every_block_says_how_its_figures_came_about(make_report):
     text = shown(make_report())
     assert text.count("simulated") >= 4  # total, lowering, context, decode step
     assert "47,000" in text
+    assert "decode at 512" in text
+    assert "counting (1)" in text
     lines = [
         line for line in text.splitlines() if any(w in line for w in ("weights ", "convert", "decode step"))
     ]
@@ -92,7 +95,11 @@ def test_hostile_names_are_shown_not_obeyed(make_report):
 
 def test_encoder(make_report):
     total = Drift(max_abs=0.1, sqnr_db=30.0, cosine=0.99, tokens=3)
-    text = shown(make_report(drift={"total": total}, phases={}, context=[], stages=[]))
+    text = shown(
+        make_report(
+            drift={"total": total}, phases={}, context=[], stages=[], attribution=Attribution(), plain=None
+        )
+    )
     assert "cosine" in text
     assert "perplexity" not in text
     assert "KL" not in text

@@ -1,8 +1,11 @@
-"""A decoder on WebGPU, in software where there is no GPU: the host's tokens, with caches that stay there."""
+"""A decoder on WebGPU, in software where there is no GPU, and on CUDA, emulated: the host's tokens, with
+caches that stay there."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import emulated
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -17,11 +20,13 @@ from porter.pipeline import Pipeline
 from porter.run import cuda, opening, webgpu
 from porter.run.decode import Decode, generate
 from porter.run.device import DeviceRunner, Resident
+from porter.run.feeds import feeds
 from porter.run.host import HostRunner
 
 BOUNDS = {"batch": 3, "sequence": 8, "past": 32}
 TOLERANCE = 2e-5  # of logits near 1: two layers of sums of 32 and 44 products, each in float32
 PROMPT = [3, 17, 42, 5, 9]
+CASES = ("webgpu concat", "webgpu static", pytest.param("cuda concat", marks=pytest.mark.long), "cuda static")
 
 
 def static() -> ir.Model:
@@ -30,23 +35,28 @@ def static() -> ir.Model:
     return model
 
 
-@pytest.fixture(scope="module", params=["concat", "static"])
+@pytest.fixture(scope="module", params=CASES)
 def lowered(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, object]:
-    model = static() if request.param == "static" else tiny_decoder(positions="range", tied=False)
-    folders = []
-    for name in ("host", "webgpu"):
-        folders.append(tmp_path_factory.mktemp(f"{request.param}-{name}"))
-        lower(model, target.load(name), folders[-1], dict(BOUNDS))
-    return (*folders, decoders.recognise(model))
+) -> Iterator[tuple[Path, Path, object]]:
+    """Folders for the host and the device, on which products are of float32 too."""
+    kind, cache = request.param.split()
+    model = static() if cache == "static" else tiny_decoder(positions="range", tied=False)
+    folders = [tmp_path_factory.mktemp(name) for name in ("host", kind)]
+    spec = target.load("webgpu") if kind == "webgpu" else emulated.spec()
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "cuda":
+            emulated.install(patch, tmp_path_factory.mktemp("emulated"))
+        for folder, chip in zip(folders, (target.load("host"), spec), strict=True):
+            lower(model, chip, folder, dict(BOUNDS))
+        yield (*folders, decoders.recognise(model))
 
 
 @pytest.fixture(scope="module")
 def runners(lowered: tuple[Path, Path, object]) -> tuple[HostRunner, DeviceRunner, object]:
     os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")
     try:
-        return HostRunner(lowered[0]), webgpu.runner(lowered[1]), lowered[2]
+        return HostRunner(lowered[0]), opening.on_device(lowered[1]), lowered[2]
     except EnvironmentFailure as error:
         pytest.skip(str(error))
 
@@ -93,6 +103,23 @@ def test_feeds_that_do_not_fit_are_refused(runners: tuple[HostRunner, DeviceRunn
     assert caught.value.code == "PORT-0502"
 
 
+@pytest.mark.parametrize("wrong", [61, -62])
+def test_a_token_that_is_none_is_refused_as_on_the_host(
+    runners: tuple[HostRunner, DeviceRunner, object], wrong: int
+) -> None:
+    """No kernel is launched: it would read what lies beside the table."""
+    *both, known = runners
+    for runner in both:
+        session = Decode(runner, known)
+        fed = feeds(known, np.array([[3, wrong]]), 0, session.caches, runner.inputs)
+        with pytest.raises(OptionError, match=f"{wrong} lies outside of a table of 61 rows") as caught:
+            runner.run(fed)
+        assert caught.value.code == "PORT-0502"
+        with pytest.raises(OptionError) as caught:
+            session.step(np.array([[3, wrong]]))
+        assert caught.value.code == "PORT-0141"
+
+
 def test_a_bundle_opens_on_its_device_or_in_its_numerics(
     lowered: tuple[Path, Path, object],
     runners: tuple[HostRunner, DeviceRunner, object],
@@ -109,14 +136,16 @@ def test_a_bundle_opens_on_its_device_or_in_its_numerics(
     )
 
 
-def test_no_adapter_means_the_host(
+def test_no_device_means_the_host(
     lowered: tuple[Path, Path, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wgpu = pytest.importorskip("wgpu")
     monkeypatch.setattr(wgpu.gpu, "enumerate_adapters_sync", list)
-    with pytest.raises(EnvironmentFailure) as caught:
-        webgpu.adapter()
-    assert caught.value.code == "PORT-0908"
+    monkeypatch.setattr(cuda, "DRIVER", "no-driver.so")
+    for machine in (webgpu.adapter, cuda.Cuda):
+        with pytest.raises(EnvironmentFailure) as caught:
+            machine()
+        assert caught.value.code == "PORT-0908"
     assert isinstance(opening.opened(lowered[1]), HostRunner)
 
 

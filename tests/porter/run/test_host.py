@@ -222,11 +222,15 @@ def test_an_overwritten_input_must_not_be_another_one_too(scatter: HostRunner) -
         scatter.run({**scattered(cache), "other": cache})
 
 
-def test_an_index_outside_is_refused_by_the_program(make: Make) -> None:
-    source = model("g (int64[b] x, float[20,3] w) => (float[b,3] y) { y = Gather(w, x) }")
+@pytest.mark.parametrize("by", ["feeds", "program"])
+def test_an_index_outside_is_refused(make: Make, by: str) -> None:
+    """What a number comes to in the program, only the program can refuse."""
+    numbers = "x" if by == "feeds" else "n"
+    text = f"g (int64[b] x, float[20,3] w) => (float[b,3] y) {{ n = Abs(x) y = Gather(w, {numbers}) }}"
+    source = model(text)
     runner = make(with_weights(source, w=np.ones((20, 3), np.float32)))
-    assert runner.run({"x": np.array([-20, 19])})["y"].shape == (2, 3)
-    for wrong in (20, -21):
+    assert runner.run({"x": np.array([-19, 19])})["y"].shape == (2, 3)
+    for wrong in (20, -21):  # Abs of both is outside as well
         with pytest.raises(OptionError, match=r"PORT-0502.*outside"):
             runner.run({"x": np.array([0, wrong])})
     assert runner.run({"x": np.array([1])})["y"].shape == (1, 3)

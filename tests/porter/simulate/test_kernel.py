@@ -13,17 +13,19 @@ from porter.errors import TargetError
 from porter.simulate import (
     KIND,
     Buffer,
+    Call,
     Copy,
+    Kernel,
     Loop,
     Matrix,
     Program,
+    Step,
+    StepTime,
     Vector,
     When,
     simulate,
-    simulate_plan,
     trace,
 )
-from porter.simulate.plan import evaluated
 from porter.simulate.result import COLUMNS
 from tests.support import stepped
 from tests.support.chips import chip
@@ -167,29 +169,24 @@ def test_a_long_trace_is_cut_and_says_so() -> None:
     assert not found["otherData"]["complete"]
 
 
-PLAN = {
-    "buffers": [
-        {"name": "a", "shape": ["batch", "past + 1"]},
-        {"name": "b", "shape": ["batch", "min(past + 1, 8)", "3"]},
-    ],
-    "launches": [
-        {"kernel": "one", "buffers": ["a", "b"], "integers": ["past"]},
-        {"kernel": "one", "buffers": ["a", "b"], "integers": ["past"]},
-        {"kernel": "two", "buffers": ["b"], "integers": []},
-    ],
-}
+def step(**untimed: str) -> Step:
+    """Two calls of `one`, with as many tiles as rows and cached tokens together, and one of `two`, with three
+    times as many as rows."""
+    body = kernel().body[0].body  # type: ignore[union-attr]
+    one = Loop("i", ("+", "b", "n"), body, "cores"), Loop("j", ("%", "b", 1), body)
+    two = (Loop("i", ("*", "b", 3), body, "cores"),)
+    found = {"one": Kernel("one", ("b", "n"), BUFFERS, one), "two": Kernel("two", ("b",), BUFFERS, two)}
+    calls = [Call("one", (("b", "batch"), ("n", "past")))] * 2 + [Call("two", (("b", ("min", "batch", 8)),))]
+    return Step({name: k for name, k in found.items() if name not in untimed}, untimed, tuple(calls))
 
 
-def test_a_plan_is_the_sum_of_its_launches_each_simulated_once() -> None:
+def test_a_step_is_the_sum_of_its_calls_each_simulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-
-    def programs(name: str, shapes: Any, integers: Any) -> Program:
-        asked.append((name, shapes, integers))
-        return replace(kernel(5 if name == "one" else 7), name=name)
-
-    found = simulate_plan(PLAN, {"batch": 2, "past": 9}, programs, chip(2))
-    assert asked == [("one", ((2, 10), (2, 8, 3)), (9,)), ("two", ((2, 8, 3),), ())]
-    one, two = (simulate(kernel(n), chip(2)).seconds for n in (5, 7))
+    spy = lambda program, spec: asked.append(program.name) or simulate(program, spec)  # noqa: E731
+    monkeypatch.setattr("porter.simulate.step.simulate", spy)
+    found = step().simulate({"batch": 2, "past": 9}, chip(2))
+    assert asked == ["one", "two"]
+    one, two = (simulate(kernel(n), chip(2)).seconds for n in (2 + 9, 3 * 2))
     assert found.seconds == 2 * one + two
     told = found.to_dict()
     assert told["kind"] == KIND
@@ -197,22 +194,41 @@ def test_a_plan_is_the_sum_of_its_launches_each_simulated_once() -> None:
     assert sum(k["seconds"] * k["calls"] for k in told["kernels"]) == pytest.approx(
         told["seconds"], rel=1e-12
     )
+    assert [level.read for level in found.traffic] == [(2 * 11 + 6) * size for size in (128, 256)]
+    assert found.cycles == found.seconds * 10**9
     rows = found.rows()
     assert [row["kernel"] for row in rows] == ["one", "two", f"all ({KIND})"]
     assert all(tuple(row) == COLUMNS for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("4096", 4096), ("past + 1", 8), ("n * (past - 2) // 3", 18), ("max(n, past)", 11)]
-)
-def test_sizes_of_a_plan(text: str, size: int) -> None:
-    assert evaluated(text, {"past": 7, "n": 11}) == size
+def test_steps_add_up_and_what_has_no_time_is_named() -> None:
+    few, more = (step(two="why").simulate({"batch": 2, "past": past}, chip()) for past in (1, 9))
+    both = StepTime.of([few, more, few])
+    assert both.seconds == 2 * few.seconds + more.seconds
+    assert [(k.name, calls) for k, calls in both.calls] == [("one", 4), ("one", 2)]
+    assert both.untimed == {"two": (3, "why")}
+    assert both.to_dict()["not_simulated"] == [{"name": "two", "calls": 3, "why": "why"}]
+    seconds = few.seconds * few.utilisation["matrix"] * 2 + more.seconds * more.utilisation["matrix"]
+    assert both.utilisation["matrix"] == seconds / both.seconds
 
 
-@pytest.mark.parametrize("text", ["batch", "past +", "past / 2", "__import__('os')", "past // 0"])
-def test_sizes_that_cannot_be_read(text: str) -> None:
+def test_a_kernel_that_cannot_be_timed_is_left_out_by_name() -> None:
+    lacking = Kernel("two", (), BUFFERS, (Matrix("product", "int3", 1, 1, 1, ("a",), ("p",)),))
+    found = replace(step(), kernels=dict(step().kernels) | {"two": lacking})
+    assert found.simulate({"batch": 2, "past": 9}, chip()).untimed == {
+        "two": (1, "small does not have matrix.formats.int3")
+    }
+
+
+def test_a_step_needs_its_kernels_and_sizes() -> None:
     with pytest.raises(TargetError) as error:
-        evaluated(text, {"past": 7})
+        replace(step(), kernels={}).simulate({"batch": 2, "past": 9}, chip())
+    assert error.value.code == "PORT-0449"
+    with pytest.raises(TargetError) as error:
+        step().simulate({"batch": 2}, chip())
+    assert error.value.code == "PORT-0447"
+    with pytest.raises(TargetError) as error:
+        step().kernels["one"].at({"b": 1})
     assert error.value.code == "PORT-0447"
 
 

@@ -13,13 +13,14 @@ from porter.lower.blocks.profile import Profile
 from porter.lower.blocks.vector import rms_norm
 from porter.lower.kernels.layout import Layout
 from porter.lower.tile import schedule as tile
-from porter.simulate import Copy, Matrix, Program, Vector, simulate
+from porter.simulate import Call, Copy, Matrix, Program, Vector, simulate
 from porter.simulate.program import Loop, Node, When
+from porter.simulate.step import CONTROL
 from porter.target import TargetSpec
 from tests.support import stepped
 from tests.support.chips import chip
 
-from tvm import te, tirx  # isort: skip
+from tvm import IRModule, relax, te, tirx  # isort: skip
 from tvm.s_tir import Schedule  # isort: skip
 
 M, N, K = 9, 10, 11
@@ -151,15 +152,38 @@ def test_levels_and_dimensions_must_be_known() -> None:
         scheduled.read(matmul((4, 4, 4)).mod["main"], {"m": 3}, target.load("tpu-v6e"))
 
 
-def test_launches_bind_the_symbols_of_their_kernels() -> None:
-    programs = scheduled.Programs(matmul((4, 4, 4)).mod, chip())
-    assert simulate(programs("main", ((M, K), (N, K), (M, N)), ()), chip()).flop == 2 * M * N * K
-    control = scheduled.Programs(matmul((4, 4, 4)).mod, chip(), ["main"])
-    assert simulate(control("main", (), ()), chip()).seconds == 0
-    with pytest.raises(TargetError, match="PORT-0449"):
-        programs("other", ((M, K),), ())
-    with pytest.raises(TargetError, match="PORT-0447"):
-        programs("main", ((M, K), (N, K), (M, N), (1,)), ())
+def called(function: tirx.PrimFunc) -> IRModule:
+    """A module whose `main` calls a kernel of x [batch * sequence, K]."""
+    batch, sequence = (tirx.Var(name, "int64") for name in ("batch", "sequence"))
+    x, w = (
+        relax.Var(name, relax.TensorType(shape, "float16"))
+        for name, shape in (("x", (batch * sequence, K)), ("w", (N, K)))
+    )
+    builder = relax.BlockBuilder()
+    kernel = builder.add_func(function, "kernel")
+    with builder.function("main", [x, w]):
+        made = builder.emit(
+            relax.op.builtin.alloc_tensor(relax.ShapeExpr([batch * sequence, N]), "float32", 0)
+        )
+        builder.emit(relax.Call(kernel, [x, w, made]))
+        builder.emit_func_output(made)
+    return builder.get()
+
+
+def test_calls_bind_the_symbols_of_their_kernels() -> None:
+    module = called(matmul((4, 4, 4)).mod["main"])
+    found = scheduled.step(module, chip())
+    assert found.calls == (Call("kernel", (("m", ("*", "batch", "sequence")),)),)
+    time = found.simulate({"batch": 3, "sequence": 3}, chip())
+    assert [kernel.flop for kernel, _ in time.calls] == [2 * M * N * K]
+    assert scheduled.step(module, chip(), ["kernel"]).untimed == {"kernel": CONTROL}
+
+
+def test_a_kernel_that_cannot_be_read_has_no_time_and_says_why() -> None:
+    schedule = matmul((4, 4, 4))
+    schedule.unannotate(schedule.get_sblock("product_update"), "porter.matrix")
+    found = scheduled.step(called(schedule.mod["main"]), chip())
+    assert found.untimed == {"kernel": "a block of a scheduled program does not say which unit does it"}
 
 
 def product(spec: TargetSpec, m: int, n: int, k: int, weights: str = "bf16", **layout: int) -> tirx.PrimFunc:

@@ -52,7 +52,7 @@ def test_of_rows_that_are_known(name: str, m: int) -> None:
 def test_one_row_is_not_padded() -> None:
     kernel = Product(Layout("fp32", 64, 64, lanes=1), Profile(chip("maia-200")).unit("fp32")).kernel()
     found = scheduled(kernel, "kernel", chip("maia-200"), {}, {"m": 1})
-    assert '"porter.mnk": [1, 32, 8]' in found.script()
+    assert '"porter.mnk": [1, ' in found.script()
 
 
 def test_weights_stay_where_loading_them_costs() -> None:
