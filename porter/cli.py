@@ -7,12 +7,17 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from porter import __version__
 from porter.errors import OptionError, PorterError
+
+if TYPE_CHECKING:
+    from porter.options import Options
+    from porter.report.report import DriftReport
+    from porter.terminal import Stages
 
 app = typer.Typer(
     name="porter",
@@ -61,6 +66,20 @@ Budget = Annotated[
 CacheTokens = Annotated[
     int, typer.Option(min=0, help="Tokens the cache holds (0: what the model was made for).")
 ]
+Weights = Annotated[
+    str, typer.Option(help="Weight format, as int4-g32; auto: the cheapest of each weight in the budget.")
+]
+Method = Annotated[
+    str, typer.Option(help="How weights are cast to it: a pass quantize.METHOD. Default: rtn.")
+]
+Scheme = Annotated[
+    str, typer.Option(help="KV-cache scheme, as kivi2, with options: 'kivi2 recent=64'; or auto.")
+]
+Minimize = Annotated[str, typer.Option(help="What auto makes small: bytes (default), time, dollars.")]
+Latency = Annotated[
+    str, typer.Option(help="How long a decode step may take by the estimate, as 100ms; else exit code 3.")
+]
+Keep = Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")]
 MaxMemory = Annotated[
     str, typer.Option(help="Memory that it may take, as 4GiB; refused at once when that is too little.")
 ]
@@ -98,7 +117,8 @@ def _main() -> None:
         print(f"porter: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Interrupted as interrupted:
-        print("porter: interrupted; nothing was written", file=sys.stderr)
+        kept = interrupted.args[1] if len(interrupted.args) > 1 else "nothing was written"
+        print(f"porter: interrupted; {kept}", file=sys.stderr)
         sys.exit(128 + interrupted.args[0])
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -146,30 +166,28 @@ def convert(
     model: Annotated[Path, typer.Argument(help="An ONNX file.")],
     output: Out,
     target: Target = "host",
-    weights: Annotated[str, typer.Option(help="Weight format, as int4-g32.")] = "",
-    method: Annotated[
-        str, typer.Option(help="How weights are cast to it: a pass quantize.METHOD. Default: rtn.")
-    ] = "",
+    weights: Weights = "",
+    method: Method = "",
     activations: Annotated[str, typer.Option(help="Format that linear layers multiply in, as int8.")] = "",
     form: Form = "onnx",
-    kv: Annotated[str, typer.Option(help="KV-cache scheme, as kivi2, with options: 'kivi2 recent=64'.")] = "",
+    kv: Scheme = "",
     pipeline: Annotated[str, typer.Option(help="Passes to run instead of the target's own.")] = "",
     budget: Budget = "",
+    minimize: Minimize = "",
+    latency: Latency = "",
     data: Data = "",
     seed: Seed = 0,
     context: CacheTokens = 0,
     decode: DecodeSteps = 0,
     calibration: Calibration = "",
-    keep: Annotated[bool, typer.Option("--keep", help="Keep a bundle that is over budget.")] = False,
+    keep: Keep = False,
     max_memory: MaxMemory = "",
     json_: Json = False,
 ) -> None:
     """Port a model to a target: a bundle, and a report of how far its output drifted."""
-    from porter.convert import Options, over_budget
-    from porter.convert import convert as run
-    from porter.terminal import Stages, print_report
+    from porter.options import Options
 
-    with Stages(quiet=json_) as stages:
+    with _stages(json_) as stages:
         options = Options(
             target=target,
             weights=weights,
@@ -179,6 +197,8 @@ def convert(
             form=form,
             pipeline=pipeline,
             budget=budget,
+            minimize=minimize,
+            latency=latency,
             data=data,
             seed=seed,
             context=context,
@@ -189,18 +209,8 @@ def convert(
             repeat=_command(),
             progress=stages.update,
         )
-        try:
-            report = run(model, output, options)
-        except PorterError as error:
-            if (failed := getattr(error, "report", None)) is not None:
-                stages.stop()
-                _answer(failed.to_dict(), json_, lambda: print_report(failed))
-            raise
-    _answer(report.to_dict(), json_, lambda: print_report(report))
-    if not report.ok:
-        raise over_budget(report)
-    if not json_:
-        print(f"bundle: {output}\nreport: {output / 'report.html'}")
+        report = _converted(model, output, options, stages, json_)
+    _say(report, output, json_)
 
 
 @app.command()
@@ -405,6 +415,72 @@ def estimate(
     _answer([e.to_dict() for e in found.estimates], json_, table)
 
 
+Sheet = Annotated[
+    Path, typer.Option("-o", "--output", help="Folder of the results; finished cells are used.")
+]
+Targets = Annotated[str, typer.Option(help="Targets with commas between: names, paths of a .toml, or 'all'.")]
+Workers = Annotated[int, typer.Option(min=0, help="Cells at a time (0: one a core).")]
+Tokens = Annotated[
+    int, typer.Option(min=0, help="Tokens that a cache holds; a step is timed at them (0: the model's own).")
+]
+Kept = Annotated[
+    str, typer.Option(help="Drift allowed, as kl=0.02,top1=0.97; exit code 3 when no cell keeps it.")
+]
+
+
+@app.command()
+def sweep(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    output: Sheet,
+    targets: Targets,
+    weights: Annotated[str, typer.Option(help="Weight formats with commas between.")] = "fp32",
+    kv: Annotated[str, typer.Option(help="KV-cache schemes with commas between.")] = "fp32",
+    activations: Annotated[str, typer.Option(help="Formats that linear layers multiply in.")] = "fp32",
+    method: Annotated[str, typer.Option(help="How weights are cast: a pass quantize.METHOD.")] = "",
+    budget: Kept = "",
+    data: Data = "",
+    calibration: Calibration = "",
+    seed: Seed = 0,
+    context: Tokens = 0,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, for the estimate.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Rows, for the estimate.")] = 1,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the bundles.")] = False,
+    workers: Workers = 0,
+    ray: Annotated[str, typer.Option(help="Address of a Ray cluster; 'local': one on this machine.")] = "",
+    json_: Json = False,
+) -> None:
+    """Port a model to many targets in many formats: drift, bytes and tokens for a dollar side by side."""
+    from porter.sweep import swept
+    from porter.sweep.matrix import Matrix, Options
+    from porter.sweep.sweep import sweep as run
+    from porter.terminal import Stages
+
+    matrix = Matrix.of(targets=targets, weights=weights, kv=kv, activations=activations)
+    with Stages(quiet=json_) as stages:
+        options = Options(
+            method=method,
+            budget=budget,
+            data=data,
+            calibration=calibration,
+            seed=seed,
+            context=context,
+            prompt=prompt,
+            batch=batch,
+            keep=keep,
+            workers=workers,
+            ray=ray,
+            repeat=_command(),
+            progress=lambda fraction, note: stages.update("sweep", fraction, note),
+        )
+        try:
+            found = run(model, output, matrix, options)
+        except Interrupted as interrupted:
+            raise Interrupted(interrupted.args[0], f"finished cells are kept in {output}") from None
+    _answer(found.to_dict(), json_, lambda: swept.show(found))
+    if (failure := found.failure()) is not None:
+        raise failure
+
+
 @app.command()
 def passes(json_: Json = False) -> None:
     """List the passes."""
@@ -437,6 +513,38 @@ def targets(
         print(showing.NOTE)
 
     _answer([showing.summary(s) for s in specs], json_, table)
+
+
+def _stages(quiet: bool) -> Stages:
+    from porter.terminal import Stages
+
+    return Stages(quiet=quiet)
+
+
+def _converted(model: Path, output: Path, options: Options, stages: Stages, json_: bool) -> DriftReport:
+    """Convert; a report of what is over budget is shown before the error goes on."""
+    from porter.convert import convert as run
+    from porter.terminal import print_report
+
+    try:
+        return run(model, output, options)
+    except PorterError as error:
+        if (failed := getattr(error, "report", None)) is not None:
+            stages.stop()
+            _answer(failed.to_dict(), json_, lambda: print_report(failed))
+        raise
+
+
+def _say(report: DriftReport, output: Path, json_: bool) -> None:
+    """The report of a bundle that was written, and the refusal of one that is over budget and kept."""
+    from porter.convert import over_budget
+    from porter.terminal import print_report
+
+    _answer(report.to_dict(), json_, lambda: print_report(report))
+    if not report.ok:
+        raise over_budget(report)
+    if not json_:
+        print(f"bundle: {output}\nreport: {output / 'report.html'}")
 
 
 def _answer(document: Any, as_json: bool, show: Any) -> None:

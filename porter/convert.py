@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,13 @@ from porter.drift.measure import tokenizer_files
 from porter.errors import DriftError
 from porter.estimate import lowered
 from porter.evidence import Port, gather, measured, standard
-from porter.options import Options, Progress, pipeline_text, single_tokens
+from porter.options import Options, Progress, pipeline_text, searched, single_tokens
 from porter.pipeline import Pipeline, Step
 from porter.provenance import Provenance
 from porter.report import html, junit
 from porter.report import memory as figures
 from porter.report.report import DriftReport, Figure, Stage
+from porter.search import latency
 from porter.target import TargetSpec
 from porter.weights import select
 from porter.weights.base import WeightPass
@@ -44,9 +45,19 @@ MAX_CONTEXT = 4096  # cached tokens, where the model allows more and --context d
 def convert(source: Path, out: Path, options: Options) -> DriftReport:
     """Port `source` and write the bundle `out`; the report says what the passes and the lowering cost.
 
-    Past a budget, raises DriftError PORT-0605 with the `report` on it, and leaves no bundle (unless
+    Formats that are `auto` are searched for first (`porter.search`). Past a budget, raises DriftError
+    PORT-0605 with the `report` on it, past a latency PORT-0634, and leaves no bundle (unless
     `options.keep`). Other failures are PorterErrors of the step they happen in, and leave nothing either.
     """
+    if searched(options):
+        from porter.search.search import convert as search
+
+        return search(source, out, options, _straight)
+    return _straight(source, out, options, {})
+
+
+def _straight(source: Path, out: Path, options: Options, search: Mapping[str, Any]) -> DriftReport:
+    """The straight path; `search` is what a search says of how it came to these options."""
     started, limit = time.perf_counter(), memory.parse(options.max_memory)
     spec, allowed = target.load(options.target), budgets.parse(options.budget)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
@@ -56,16 +67,15 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
         progress("load", 0.0)
         model = graph.load(source)
         evidence = gather(source, model, options, limit, single_tokens(pipeline, options))
-        reference = evidence.reference
         with bundle.writing(out) as folder:
             graph.check_finite(model)
             _copy_tokenizer(source, folder)
             progress("feeds", 0.0)
             feeds = evidence.texts(options)
-            reference.runner  # noqa: B018 (a model that cannot be run is refused before any work)
-            calibrated = calibration(pipeline, reference, options.calibration, options.seed, feeds)
-            if reference.whole:
-                reference.close()
+            evidence.reference.runner  # noqa: B018 (a model that cannot be run is refused before any work)
+            calibrated = calibration(pipeline, evidence.reference, options.calibration, options.seed, feeds)
+            if evidence.reference.whole:
+                evidence.reference.close()
             progress("passes", 0.0)
             trail = Trail(pipeline, folder / ".trail", evidence.unattributed)
             steps = run_passes(
@@ -75,6 +85,7 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
             progress("save", 0.0)
             graph.save(model, folder / bundle.MODEL)
             model = graph.load(folder / bundle.MODEL)
+            step = latency.held(model, spec, str(pipeline), ported, options)
             made, times = _lower(standard(model), options.target, folder, ported, progress)
             port = Port(source, model, ported, folder, trail, steps, _exactly(model, spec, ported))
             found = measured(evidence, feeds, port, progress)
@@ -91,11 +102,13 @@ def convert(source: Path, out: Path, options: Options) -> DriftReport:
                 kept=kept,
                 kinds=_kinds(spec, executed=found.executed),
                 placement=made.placement,
-                **found.told(),
                 estimate=times,
+                **found.told(),
                 memory=figures.of(source, model, made, ported, evidence.plan, watch),
                 seconds={"conversion": Figure(time.perf_counter() - started, "s", "measured")},
                 budget=allowed,
+                search=search,
+                latency=step,
                 calibration=calibrated.facts,
                 repeat=options.repeat,
                 versions=facts["versions"],
@@ -149,7 +162,8 @@ def run_passes(
 def over_budget(report: DriftReport) -> DriftError:
     """The refusal, with the report on it."""
     what = "; ".join(str(v) for v in report.violations)
-    error = DriftError("PORT-0605", f"the lowered program is over budget: {what}",
+    slow = all(v.measure == "latency_s" for v in report.violations)
+    error = DriftError("PORT-0634" if slow else "PORT-0605", f"the lowered program is over budget: {what}",
                        hint="--keep writes the bundle all the same")  # fmt: skip
     error.report = report  # type: ignore[attr-defined]
     return error
@@ -175,10 +189,9 @@ def _lower(
 
 def _exactly(model: ir.Model, spec: TargetSpec, ported: decoder.Decoder) -> Callable[[Path], object] | None:
     """What lowers the model for a host that computes in float32; None where the target is one."""
-    host = target.load("host")
-    if spec.family == host.family:
+    if spec.family == "host":
         return None
-    return lambda folder: _lower(standard(model), host.name, folder, ported, lambda stage, fraction: None)
+    return lambda folder: _lower(standard(model), "host", folder, ported, lambda stage, fraction: None)
 
 
 def _bounds(model: ir.Model, ported: decoder.Decoder) -> dict[str, int]:
@@ -215,10 +228,11 @@ def _facts(source: Path, spec: TargetSpec, pipeline: Pipeline, options: Options)
         "pipeline": str(pipeline),
         "seed": options.seed,
         "machine": platform.machine(),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of porter and of the packages that a port depends on."""
     packages = ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript")
     return {"porter": __version__, **{p: importlib.metadata.version(p) for p in packages}}

@@ -19,6 +19,7 @@ PREPARED = {"smoothquant": ("quantize.smoothquant,", "rtn")}
 FORMS = {"onnx": "", "contrib": ",quantize.contrib,kv.contrib"}
 
 Progress = Callable[[str, float], None]
+AUTO = "auto"  # in place of a weight format or a cache scheme: porter.search finds which
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Options:
     form: str = "onnx"  # or contrib: how bundle/model.onnx spells quantized weights and caches
     pipeline: str = ""
     budget: str = ""
+    minimize: str = ""  # what `auto` makes small: bytes (the default), time or dollars
+    latency: str = ""
     data: str = ""
     seed: int = 0
     context: int = 0
@@ -42,6 +45,17 @@ class Options:
     calibration: str = ""
     repeat: str = ""  # the command that does this again, for the report
     progress: Progress = field(default=lambda stage, fraction: None, compare=False)
+
+
+def searched(options: Options) -> bool:
+    """Whether formats are to be searched for. Raises OptionError PORT-0632 for --minimize without a
+    search."""
+    if AUTO in (options.weights, options.kv):
+        return True
+    if options.minimize:
+        what = "--minimize says what a search makes small, and nothing is searched for"
+        raise OptionError("PORT-0632", what, hint="give --weights auto or --kv auto, or leave it out")
+    return False
 
 
 def pipeline_text(spec: TargetSpec, options: Options) -> str:
@@ -59,38 +73,52 @@ def pipeline_text(spec: TargetSpec, options: Options) -> str:
             what = "--pipeline says all that is done; --weights, --kv and --context would change nothing"
             raise OptionError("PORT-0835", what, hint="write them into the pipeline, or leave it out")
         return options.pipeline + FORMS[options.form]
+    return filled(spec, options, weights_text(spec, options), kv_text(spec, options)) + FORMS[options.form]
+
+
+def filled(spec: TargetSpec, options: Options, weights: str, kv: str) -> str:
+    """The target's pipeline with passes in its slots, without those of the form."""
     limit = f"{{capacity={options.context}}}" if options.context else ""
     text = spec.pipeline.replace("kv.static_cache", f"kv.static_cache{limit}")
-    for slot, filled in (("weights", _weights_text(spec, options)), ("kv", _kv_text(spec, options))):
-        text = text.replace(f"{{{slot}}}", filled)
-    return text + FORMS[options.form]
+    return text.replace("{weights}", weights).replace("{kv}", kv)
 
 
-def _weights_text(spec: TargetSpec, options: Options) -> str:
+def weights_text(spec: TargetSpec, options: Options) -> str:
     """The passes that cast weights and activations."""
     name, method = spec.flavour(options.weights) or "fp32", options.method or "rtn"
     if not spec.reads(name):
         raise _not_offered(spec, "weights", options.weights, spec.weights)
     if options.method:
-        methods = [m for m in registry.builtin() if m.startswith("quantize.") and casts_weights(m)]
-        known = [*(m.removeprefix("quantize.") for m in methods), *PREPARED]
-        if method not in known:
-            what = f"there is no method {method!r}"
-            raise OptionError("PORT-0258", what, where="--method", hint=f"methods: {', '.join(known)}")
+        check_method(method, tuple(PREPARED))
         if name == "fp32":
             what = "--method says how weights are cast, and nothing says to which format"
             raise OptionError("PORT-0258", what, hint="give --weights FORMAT too, as int4-g32")
     before, method = PREPARED.get(method, ("", method))
     texts = [f"{before}quantize.{method}{{format={name}}}"] if name != "fp32" else []
+    return ",".join([*texts, *activations_text(spec, options)])
+
+
+def check_method(method: str, more: tuple[str, ...] = ()) -> None:
+    """Raise OptionError PORT-0258 for a method that is no pass that casts weights, and none of `more`."""
+    methods = [m for m in registry.builtin() if m.startswith("quantize.") and casts_weights(m)]
+    known = [*(m.removeprefix("quantize.") for m in methods), *more]
+    if method not in known:
+        what = f"there is no method {method!r}"
+        raise OptionError("PORT-0258", what, where="--method", hint=f"methods: {', '.join(known)}")
+
+
+def activations_text(spec: TargetSpec, options: Options) -> list[str]:
+    """The pass that rounds activations, if one is asked for. Raises OptionError PORT-0830."""
+    texts = []
     if options.activations not in ("", "fp32"):
         wanted = spec.flavour(options.activations)
         if wanted not in spec.activations:
             raise _not_offered(spec, "activations", options.activations, spec.activations)
         texts.append(f"quantize.activations{{format={wanted}}}")
-    return ",".join(texts)
+    return texts
 
 
-def _kv_text(spec: TargetSpec, options: Options) -> str:
+def kv_text(spec: TargetSpec, options: Options) -> str:
     """The pass that quantizes the cache; the text of --kv is that of its options, the scheme's name first."""
     words = options.kv.split() or ["fp32"]
     name = words[0].removeprefix("scheme=")

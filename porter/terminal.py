@@ -49,14 +49,17 @@ class Stages:
         """Leave the terminal to others."""
         self._progress.stop()
 
-    def update(self, stage: str, fraction: float) -> None:
-        """`stage` is `fraction` done; a new name ends the stage before."""
+    def update(self, stage: str, fraction: float, note: str = "") -> None:
+        """`stage` is `fraction` done; a new name ends the stage before. `note` stands beside it, on a pipe on
+        a line of its own."""
         if stage not in self._tasks:
             self._finish()
             self._tasks[stage] = self._progress.add_task(stage, total=1.0)
             if not self._live and not self._quiet:
                 print(f"porter: {stage} …", file=sys.stderr)
-        self._progress.update(self._tasks[stage], completed=fraction)
+        if note and not self._live and not self._quiet:
+            print(f"porter: {stage}: {note}", file=sys.stderr)
+        self._progress.update(self._tasks[stage], completed=fraction, description=f"{stage} {note}".rstrip())
 
     def named(self, stage: str, *rest: Any) -> None:
         """`stage` has begun."""
@@ -81,14 +84,17 @@ def print_against(found: Against) -> None:
     Console().print(against(found))
 
 
-def print_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-    """A table."""
+def print_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str], least: int = 0) -> None:
+    """A table; on a pipe it is at least `least` characters wide before anything is folded."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for row in rows:
         table.add_row(*[str(row[c]) for c in columns])
-    Console().print(table, markup=False)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, least)
+    console.print(table, markup=False)
 
 
 def print_blame(found: Blamed, most: int = 12) -> None:

@@ -47,7 +47,8 @@ class QuantizeCache(Pass):
     """`scheme`: a name such as int8 or kivi2; the other options override what it says (`porter.kv.names`):
     `key` and `value` how either is stored, as int4-g32 or a scheme's name; `recent` and `sink` the tokens
     that stay in `high` precision (-1: the scheme's own), `keep-first` and `keep-last` the layers; `rotate`
-    and `normalize` as well; `scales` and `static` of both sides; `copy`, `tolerance`, `share` and `bits`.
+    and `normalize` as well; `scales` and `static` of both sides; `copy`, `tolerance`, `share` and `bits`;
+    `layers` keys and values of each layer by itself, as int8/int4:fp16/int8.
     """
 
     promise: ClassVar[Promise] = Promise.LOSSY
@@ -69,6 +70,7 @@ class QuantizeCache(Pass):
     tolerance: str = ""
     share: str = ""
     bits: str = ""
+    layers: str = ""
 
     def __post_init__(self) -> None:
         self.parsed()  # what cannot be read is refused at once

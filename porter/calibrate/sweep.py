@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -93,6 +93,13 @@ class Sweep:
 
         return arrays()
 
+    def trial(self, values: Sequence[ir.Value], instead: Sequence[ir.Value]) -> Trial:
+        """What runs all from here to `values` with other arrays in place of `instead`, again and again:
+        initializers, or values that were advanced to. Nothing is kept of it. Raises what `advance`
+        does."""
+        piece = self._piece(values, instead)
+        return Trial(self, piece, self._runner(piece, values))
+
     def _run(self, piece: _Piece, value: ir.Value) -> None:
         """Run the piece for all feeds, keep what is still read of it, and forget what no longer is."""
         done = self._done | piece.moving
@@ -107,8 +114,8 @@ class Sweep:
         self._done = done
         self._frontier.commit(new, wanted)
 
-    def _piece(self, values: Sequence[ir.Value]) -> _Piece:
-        """What has to run for `values`, and what it reads."""
+    def _piece(self, values: Sequence[ir.Value], instead: Sequence[ir.Value] = ()) -> _Piece:
+        """What has to run for `values`, and what it reads; `instead` is fed."""
         constant, found, inputs, weights = _constant_nodes(self._model.graph), set(), {}, {}
         for value in values:
             if value.is_initializer() or value.producer() in constant:
@@ -118,7 +125,7 @@ class Sweep:
         while stack:
             value = stack.pop()
             node = value.producer()
-            if value in self._frontier or value in self._inputs:
+            if value in instead or value in self._frontier or value in self._inputs:
                 inputs[value] = None
             elif value.is_initializer():
                 weights[value] = None
@@ -148,6 +155,7 @@ class Sweep:
         apart = view.clone()
         for value, original in zip(apart.inputs, piece.inputs, strict=True):
             array = self._array(original, 0)
+            value.const_value = None
             value.type = original.type or ir.TensorType(ir.DataType.from_numpy(array.dtype))
             value.shape = ir.Shape([None] * array.ndim)  # sizes may differ from feed to feed
         functions = list(model.functions.values())
@@ -160,11 +168,31 @@ class Sweep:
     def _array(self, value: ir.Value, feed: int) -> np.ndarray:
         if value in self._frontier:
             return self._frontier.arrays(value)[feed]
+        if value.is_initializer():
+            return value.const_value.numpy()
         return self._feeds[feed][value.name]
 
     def _arrays(self, value: ir.Value) -> Iterator[np.ndarray]:
         kept = self._frontier.arrays(value) if value in self._frontier else None
         return iter(kept) if kept is not None else (feed[value.name] for feed in self._feeds)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The rest of a model, from where a sweep is, in one session: what it computes once something is changed.
+
+    It is for the sweep as it was; after the next advance it must not be run.
+    """
+
+    sweep: Sweep
+    piece: _Piece
+    runner: ReferenceRunner
+
+    def run(self, feed: int, arrays: Mapping[ir.Value, np.ndarray]) -> Feeds:
+        """Outputs by name of feed number `feed`, with `arrays` for the values that were to be replaced; each
+        other one is what it was."""
+        fed = self.sweep._fed(self.piece, feed)
+        return self.runner.run(fed | {value.name: array for value, array in arrays.items()})
 
 
 @dataclass(frozen=True)

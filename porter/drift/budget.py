@@ -40,7 +40,7 @@ class Violation:
             return f"{self.measure} was not measured, and {self.limit:g} is asked for"
         if not math.isfinite(self.actual):
             return f"{self.measure} is {self.actual}"
-        side = "above" if AT_MOST[self.measure] else "below"
+        side = "above" if AT_MOST.get(self.measure, True) else "below"
         return f"{self.measure} {self.actual:.6g} is {side} {self.limit:g}"
 
 

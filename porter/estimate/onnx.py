@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import onnx_ir as ir
@@ -41,8 +42,12 @@ def read(path: Path) -> Model:
     if path.is_dir():
         bundle = Bundle.open(path)
         pipeline, path = str(bundle.manifest["pipeline"]), bundle.model
-    model = graph.load(path)
-    return _Reader(model, pipeline, path.stem if path.parent == path else path.name).model()
+    return of_model(graph.load(path), path.stem if path.parent == path else path.name, pipeline)
+
+
+def of_model(model: ir.Model, name: str, pipeline: str = "") -> Model:
+    """The decoder that a graph is, after the passes of `pipeline`. Raises what `read` does."""
+    return _Reader(model, pipeline, name).model()
 
 
 def _refused(what: str) -> ModelError:
@@ -55,8 +60,7 @@ class _Reader:
 
     def __init__(self, model: ir.Model, pipeline: str, name: str) -> None:
         self.ir, self.name = model, name
-        found = re.search(r"quantize\.\w+\{[^}]*?format=([\w-]+)", pipeline)
-        self.format = found[1] if found else ""
+        self.casts = list(_casts(pipeline))
         self.decoder = decoder.recognise(model)
         if not self.decoder.caches:
             raise _refused("it has no cache")
@@ -108,7 +112,7 @@ class _Reader:
     def _linear(self, node: ir.Node, hidden: int) -> Linear:
         """What a product multiplies by; `hidden` 0 for the head."""
         k, n = _sizes(node)
-        codes, stored = _stored(node)
+        codes, name_in_graph, stored = _stored(node)
         attention = bool(hidden) and select.reaches_attention(node)
         side: Side = "column" if not hidden or attention or n != hidden else "row"
         name = "logits" if not hidden else "attention" if attention else "mlp"
@@ -117,7 +121,8 @@ class _Reader:
         if quantizer is not None and quantizer.op_type == "DequantizeLinear":
             activations = _name(quantizer.inputs[0].dtype)
         name_of = _CODES.get(codes.name, "")
-        weights = name_of if name_of in ("fp32", "fp16", "bf16") else self.format or name_of or _name(codes)
+        cast = next((form for form, only in self.casts if _among(name_in_graph, only)), "")
+        weights = name_of if name_of in ("fp32", "fp16", "bf16") else cast or name_of or _name(codes)
         return Linear(name, k, n, 1, side, weights=weights, activations=activations, stored=stored)
 
     def _attention(self, linears: list[Linear], hidden: int) -> tuple[Attention, ...]:
@@ -130,7 +135,7 @@ class _Reader:
             shape = inputs[cache.past].shape
             if shape is None or not all(isinstance(d, int) for d in (shape[1], shape[3])):
                 raise _refused(f"the shape of {cache.past} is not known")
-            size = self._size(cache.kind, int(shape[3]))
+            size = self._size(cache.kind, int(shape[3]), len(found), len(layers))
             found.append((int(shape[1]), size))
         outputs = sum(w.n for w in linears if w.name == "attention")
         cached = sum(2 * heads * size for heads, size in found)
@@ -140,11 +145,11 @@ class _Reader:
             for (heads, size), n in Counter(found).items()
         )
 
-    def _size(self, kind: str, width: int) -> int:
-        """Channels of a cached key, from the width of what stores it."""
+    def _size(self, kind: str, width: int, index: int, layers: int) -> int:
+        """Channels of a cached key of a layer, from the width of what stores it."""
         if self.scheme is None or kind in ("key", "key_window", "key_copy"):
             return width
-        side = self.scheme.key
+        side = self.scheme.layer(index, layers).key
         return next(
             (d for d in range(1, 8 * width + 1) if layout.row_bytes(side, side.element, d) == width), width
         )
@@ -170,14 +175,27 @@ def _last(value: ir.Value | None) -> int:
     return int(shape[-1]) if shape is not None and len(shape) and isinstance(shape[-1], int) else 0
 
 
-def _stored(node: ir.Node) -> tuple[ir.DataType, int]:
-    """The type of a product's codes, and the bytes of all constants that its matrix is made of."""
+def _casts(pipeline: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The formats that a pipeline casts weights to, and the names that each is for; () for all."""
+    for options in re.findall(r"quantize\.\w+\{([^}]*)\}", pipeline):
+        found = dict(word.partition("=")[::2] for word in options.split())
+        if "format" in found:
+            only = tuple(found.get("only", "").split("+"))
+            yield found["format"], () if not only[0] or {*only} & {*select.ROLES, "linear"} else only
+
+
+def _among(name: str, only: tuple[str, ...]) -> bool:
+    return not only or any(fnmatchcase(name, word) for word in only)
+
+
+def _stored(node: ir.Node) -> tuple[ir.DataType, str, int]:
+    """The type and name of a product's codes, and the bytes of all constants that its matrix is made of."""
     factors = node.inputs[1:] if node.op_type.startswith("MatMulNBits") else node.inputs[1:2]
     tensors = list({id(v): v for f in factors for v in _constants(f)}.values())
     if not tensors:
         raise _refused(f"the matrix of {node.name or node.op_type} is not a constant")
     codes = max(tensors, key=lambda v: math.prod(v.const_value.shape.numpy()))
-    return codes.const_value.dtype, sum(v.const_value.nbytes for v in tensors)
+    return codes.const_value.dtype, str(codes.name), sum(v.const_value.nbytes for v in tensors)
 
 
 def _constants(value: ir.Value | None) -> Iterator[ir.Value]:

@@ -7,7 +7,8 @@ is for both sides also holds for those of `key=` and `value=`. These two take th
 of a preset whose side it is. A side's text is its element (`uint2+uint4`: tokens with more bits are uint4),
 then in any order `-gN` (groups of N), `-tokens` (groups along tokens), `-fp16` (of steps), `-hybrid`,
 `-tensor` `-head` `-channel` (static), `-mixed`, `-residual`, `-rotate`. Options of both sides: `rotate` (or
-`rotate=key`, `rotate=value`), `scales=fp16`, `static=head`.
+`rotate=key`, `rotate=value`), `scales=fp16`, `static=head`. `layers=int8/int4:fp16/int8` has keys and values
+of each layer in turn.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ def text_of(scheme: Scheme) -> str:
     words += [f"{name}={n!r}" for name in ("share", "bits") if (n := getattr(scheme, name))]
     words += [f"copy={scheme.copy}"] if scheme.copy else []
     words += [f"tolerance={scheme.tolerance!r}"] if scheme.tolerance else []
+    words += (
+        [f"layers={':'.join('/'.join(map(side_text, pair)) for pair in scheme.layers)}"]
+        if scheme.layers
+        else []
+    )
     return " ".join(words)
 
 
@@ -132,6 +138,18 @@ def _set_side(fields: dict[str, object], name: str, value: str | None) -> None:
         fields[name] = _side(value.split("-"), value)
 
 
+def _layers(fields: dict[str, object], name: str, value: str | None) -> None:
+    """Pairs of sides; a name of a scheme is its side, as in `key=` and `value=`."""
+    pairs = []
+    for text in _given(value).split(":"):
+        key, value_ = text.split("/")
+        pair: dict[str, object] = {}
+        _set_side(pair, "key", key)
+        _set_side(pair, "value", value_)
+        pairs.append((pair["key"], pair["value"]))
+    fields[name] = tuple(pairs)
+
+
 def _both(change: Callable[[Side, str], Side]) -> Callable[[dict[str, object], str, str | None], None]:
     def apply(fields: dict[str, object], name: str, value: str | None) -> None:
         for side in ("key", "value"):
@@ -156,6 +174,7 @@ _OPTIONS: dict[str, Callable[[dict[str, object], str, str | None], None]] = {
     "share": _number,
     "bits": _number,
     "tolerance": _number,
+    "layers": _layers,
     "normalize": _flag,
     "rotate": _rotate,
     "scales": _both(lambda side, value: replace(side, scale=value) if side.coded else side),

@@ -156,7 +156,8 @@ class Scheme:
     (`porter.kv.triaxial.within`). `copy`: the type of an exact copy beside the codes, from which a head's
     step is computed again whose error may be more than `tolerance` times the norm of its output, or "". The
     bound (`porter.kv.bounds`) is for symmetric integers in groups along channels with fp32 steps: appending a
-    token touches that token alone, and nothing is ever clipped.
+    token touches that token alone, and nothing is ever clipped. `layers`: keys and values of each layer by
+    itself, in place of `key` and `value`.
     Raises PassError PORT-0271.
     """
 
@@ -172,6 +173,7 @@ class Scheme:
     bits: float = 0.0
     copy: str = ""
     tolerance: float = 0.0
+    layers: tuple[tuple[Side, Side], ...] = ()
 
     def __post_init__(self) -> None:
         counts = (self.recent, self.sink, self.keep_first, self.keep_last)
@@ -189,6 +191,8 @@ class Scheme:
              "there are no windows beside an exact copy"),
             (not 0 <= self.tolerance <= 1e6, "tolerance is between 0 and 1e6"),
             (self.tolerance > 0 and not self.copy, "tolerance is for a scheme with an exact copy"),
+            (bool(self.layers) and (self.copy != "" or any(side.more for side in self.sides)),
+             "layers of their own have no tags and no exact copy"),
         ]  # fmt: skip
         for wrong, what in faults:
             if wrong:
@@ -202,6 +206,11 @@ class Scheme:
     def side(self, name: str) -> Side:
         """`key` or `value`."""
         return {"key": self.key, "value": self.value}[name]
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """All that a layer's keys or values may be stored as."""
+        return tuple(side for layer in self.layers for side in layer) or (self.key, self.value)
 
     def ring(self, side: Side) -> int:
         """Slots for the newest tokens: `recent`, and a group more along tokens, where a group is written
@@ -217,7 +226,12 @@ class Scheme:
         return max(0, tokens - self.sink - self.recent) // side.flush * side.flush if side.coded else 0
 
     def layer(self, index: int, layers: int) -> Scheme:
-        """The scheme of one of `layers` layers: a kept one has both sides in high precision."""
+        """The scheme of one of `layers` layers: a kept one has both sides in high precision. Raises PassError
+        PORT-0271 where layers have sides of their own, and are not so many."""
+        if self.layers and len(self.layers) != layers:
+            what = f"the scheme has {len(self.layers)} layers, and the model's cache {layers}"
+            raise PassError("PORT-0271", what, hint="give each layer its keys and values")
         if self.keep_first <= index < layers - self.keep_last:
-            return replace(self, keep_first=0, keep_last=0)
+            key, value = self.layers[index] if self.layers else (self.key, self.value)
+            return replace(self, keep_first=0, keep_last=0, key=key, value=value, layers=())
         return Scheme(Side(self.high), Side(self.high), high=self.high)

@@ -32,7 +32,7 @@ def wanted(scheme: Scheme) -> bool:
 
 
 def _measured(scheme: Scheme) -> bool:
-    return scheme.normalize or any(_static(side) for side in (scheme.key, scheme.value))
+    return scheme.normalize or any(map(_static, scheme.sides))
 
 
 def constants(

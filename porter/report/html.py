@@ -40,6 +40,7 @@ def to_html(report: DriftReport, plan: Mapping[str, Any] | None = None) -> str:
             ratio=words.ratio(report),
             kept=words.kept(report),
             recomputed=words.recomputed(report.recomputed),
+            searched=words.searched(report),
             chart=chart(report.context),
             deep=depth.depth(report.depth),
             memory=planned.picture(plan) if plan else None,
@@ -49,7 +50,7 @@ def to_html(report: DriftReport, plan: Mapping[str, Any] | None = None) -> str:
             heat=words.heat(report),
             worst=words.worst(report),
             times=list(times.rows(report.estimate or {})),
-            untold=times.notes(report.estimate or {}),
+            untold=[n for n in times.notes(report.estimate or {}) if n.startswith("not simulated")],
             nodes=sorted(report.nodes, key=_worst)[:20],
         )
     )

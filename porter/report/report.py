@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -73,7 +73,9 @@ class DriftReport:
     applied; `depth` is the error in the model after its passes, layer by layer (`porter.drift.depth`).
     `recomputed` says of `passes` and `total` how often attention was computed from the exact copy of a
     certified cache; empty where there is none.
-    `budget` is what was allowed of `total` and `violations` what was not kept. `kept` says which weights stay
+    `budget` is what was allowed of `total`, `latency` how long a decode step may take and is estimated
+    to take (`porter.search.latency`), and `violations` what was not kept. `search` says how formats were
+    found (`porter.search.record`). `kept` says which weights stay
     floats where others were cast (`porter.weights.select.Kept`). `placement` says in what each class of
     tensors is multiplied on the target; empty for family host, which computes in float32. `repeat` is the
     command that does all this again.
@@ -105,6 +107,8 @@ class DriftReport:
     repeat: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     calibration: Mapping[str, object] = field(default_factory=dict)
+    search: Mapping[str, object] = field(default_factory=dict)
+    latency: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def total(self) -> Drift:
@@ -122,8 +126,11 @@ class DriftReport:
 
     @property
     def violations(self) -> list[Violation]:
-        """What the total drift does not keep, outputs that are not numbers among it."""
-        return check(self.budget, self.total)
+        """What the total drift does not keep, outputs that are not numbers among it, nor the decode step."""
+        found: Mapping[str, Any] = self.latency
+        slow = bool(found) and not found["decode_s"] <= found["limit_s"]
+        late = [Violation("latency_s", found["limit_s"], found["decode_s"])] if slow else []
+        return check(self.budget, self.total) + late
 
     @property
     def ok(self) -> bool:

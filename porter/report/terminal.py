@@ -27,6 +27,7 @@ from porter.report.words import (
     measured,
     ratio,
     recomputed,
+    searched,
     shown,
     title,
     value,
@@ -69,6 +70,8 @@ def _parts(report: DriftReport) -> Iterator[RenderableType]:
         yield _stages(report)
     if report.kept:
         yield Text(f" {kept(report)}")
+    for line in searched(report):
+        yield Text(f" {line}")
     for miss in report.near_misses[:3]:
         yield Text(
             f" nearly {clean(miss.rule)}, {miss.count} times: {clean(miss.reason)} at {clean(miss.node)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from porter.drift.attribution import EXPORT, Attribution
 from porter.drift.measures import Drift
@@ -182,6 +182,28 @@ def _kept(group: Kept) -> str:
     roles = ", ".join("lm head" if role == "head" else role for role in group.roles)
     count = f"{group.weights} weight{'s' if group.weights != 1 else ''}"
     return f"{roles} ({count}, {amount(group.bytes, 'bytes')})"
+
+
+def searched(report: DriftReport) -> list[str]:
+    """What a search chose, what it promised, and what was measured instead."""
+    found: Mapping[str, Any] = report.search
+    if not found:
+        return []
+    names = {"weights": "a weight", "kv": "a cached number"}
+    bits = ", ".join(f"{digits(b)} bits {names[name]}" for name, b in found["bits"].items())
+    over = 1 - found["bound"] / found["cost"] if found["cost"] else 0.0
+    proof = (
+        "nothing under the limits is cheaper" if over <= 0 else f"within {100 * over:.2g} % of the cheapest"
+    )
+    cost = amount(found["cost"], found["unit"])
+    promised = ", ".join(f"{MEASURES[m][0]} {value(v, m)}" for m, v in found["promised"].items())
+    verified = ", ".join(f"{MEASURES[m][0]} {value(getattr(report.total, m), m)}" for m in found["promised"])
+    rounds = len(found["rounds"])
+    return [
+        f"searched {len(found['items'])} places for the fewest {clean(found['minimize'])}: {bits}, {cost} "
+        f"({clean(found['kind'])}); {proof}",
+        f"promised {promised}; measured {verified}, after {rounds} trial{'s' if rounds != 1 else ''}",
+    ]
 
 
 def recomputed(tallies: Mapping[str, Tally]) -> str:

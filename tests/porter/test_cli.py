@@ -25,6 +25,7 @@ COMMANDS = (
     "inspect",
     "passes",
     "run",
+    "sweep",
     "targets",
     "verify",
 )

@@ -34,42 +34,6 @@ def drift(kl=0.0123, **other):
     return Drift(**(values | other))
 
 
-def step(tokens):
-    """A step of two kernels, as `porter.estimate.lowered.Lowered.told` has it."""
-    levels = [{"level": "hbm", "read_bytes": 900, "written_bytes": 20}]
-    unit = {"unit": "matrix", "operations": 2, "busy_s": 1e-6, "utilisation": 0.1}
-    kernel = {
-        "kind": "simulated",
-        "seconds": 1e-5,
-        "cycles": 1e4,
-        "cores": 4,
-        "bound_by": "latency",
-        "flop": 9,
-    }
-    kernels = [kernel | {"name": n, "units": [unit], "levels": levels, "calls": 1} for n in ("norm", "gemm")]
-    return {
-        "batch": 1,
-        "tokens": tokens,
-        "context": 512,
-        "tokens_per_s": 47000.0 * tokens,
-        "kind": "simulated",
-        "seconds": 2.127e-5,
-        "cycles": 2e4,
-        "calls": 2,
-        "bound_by": "bandwidth of hbm",
-        "utilisation": {"dma cluster": 0.61, "dma tile": 0.3, "matrix": 0.071, "vector": 0.02},
-        "levels": levels,
-        "kernels": kernels,
-        "not_simulated": [{"name": "counting", "calls": 1, "why": "the control processor's"}],
-    }
-
-
-def simulated():
-    """The times of a bundle's program."""
-    phases = {"prefill": step(tokens=512), "decode": step(tokens=1)}
-    return {"kind": "simulated", "target": "maia-200", "rows": 8, **phases}
-
-
 def attribution():
     parts = [("export", 1e-12, 1e-12), ("fusion", 1e-12, 1e-12), ("weights", 0.011, 0.011)]
     parts += [("KV cache", 0.002, 0.0125), ("lowering", 0.0003, 0.0121), ("target numerics", 0.0001, 0.0123)]
@@ -106,6 +70,50 @@ NODES = [
     | {"sqnr_local_db": 21.2, "sqnr_db": 19.9},
     {"name": "lm_head", "op": "MatMul", "sqnr_local_db": None, "sqnr_db": 41.0},
 ]
+
+
+BOUNDS = ("bandwidth of hbm", "latency", "matrix", "vector", "dma")
+
+
+def step(tokens, *times):
+    """A step of kernels that take so long, the first called once, the second twice …"""
+    levels = [{"level": "hbm", "read_bytes": 900, "written_bytes": 20}]
+    unit = {"unit": "matrix", "operations": 2, "busy_s": 1e-6, "utilisation": 0.1}
+    kernel = {
+        "kind": "simulated",
+        "seconds": 1e-5,
+        "cycles": 1e4,
+        "cores": 4,
+        "bound_by": "latency",
+        "flop": 9,
+    }
+    kernels = [
+        kernel
+        | {"name": f"kernel_{i}", "units": [unit], "levels": levels, "calls": i + 1}
+        | {"seconds": seconds, "bound_by": BOUNDS[i % 5]}
+        for i, seconds in enumerate(times)
+    ]
+    return {
+        "batch": 1,
+        "tokens": tokens,
+        "context": 512,
+        "tokens_per_s": 47000.0 * tokens,
+        "kind": "simulated",
+        "seconds": 2.127e-5,
+        "cycles": 2e4,
+        "calls": 2,
+        "bound_by": "bandwidth of hbm",
+        "utilisation": {"dma cluster": 0.61, "dma tile": 0.3, "matrix": 0.071, "vector": 0.02},
+        "levels": levels,
+        "kernels": kernels,
+        "not_simulated": [{"name": "counting", "calls": 1, "why": "the control processor's"}],
+    }
+
+
+def simulated():
+    """The times of a bundle's program."""
+    phases = {"prefill": step(512, 1e-4, 3e-4, 2e-5, 5e-6, 9e-4), "decode": step(1, 2e-6, 7e-6, 1e-6)}
+    return {"kind": "simulated", "target": "maia-200", "rows": 8, **phases}
 
 
 def report(**changes):

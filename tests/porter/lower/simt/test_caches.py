@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tvm
 from coded import SCHEMES, Layer
 from simt import on_device
 from tvm import tirx
@@ -33,11 +34,13 @@ def test_wgsl(machine: WebGPU, webgpu: TargetSpec, name: str) -> None:
 def test_nvrtc_takes_it(name: str) -> None:
     spec = target.load("h100")
     layer = Layer(SCHEMES[name], Chip(Profile(spec)), lambda *_: [])
-    for function in layer.functions:
-        made = kernels.compiled(function, device(spec), language(spec))
-        for step in made.dispatches:
-            try:
-                cubin = nvrtc.compiled(step.kernel.source, str(spec.tvm["arch"]))
-            except EnvironmentFailure as error:
-                pytest.skip(str(error))
-            assert step.kernel.name.encode() in cubin
+    told, found = language(spec), {}
+    for i, function in enumerate(layer.functions):
+        named = function.with_attr("global_symbol", f"{function.attrs['global_symbol']}_{i}")
+        made = kernels.compiled(named, device(spec), told)
+        found |= {step.kernel.name: step.kernel.function for step in made.dispatches}
+    try:
+        cubin = nvrtc.compiled(kernels.source(tvm.IRModule(found), device(spec), told), str(spec.tvm["arch"]))
+    except EnvironmentFailure as error:
+        pytest.skip(str(error))
+    assert all(name.encode() in cubin for name in found)
