@@ -38,7 +38,7 @@ class Margins:
 
     weight: float = 4.0
     group: float = 8.0
-    explained: float = 6.0
+    explained: float = 9.0
     slot: float = 8.0
     local: float = 8.0
     exact: float = 15.0
@@ -125,9 +125,10 @@ class _Usual:
 
 
 def _kinds(site: Site) -> list[tuple]:
-    """From near to far."""
+    """From near to far. A kernel's error is the target's, whatever the weight is stored in."""
     kind = "matrices" if site.heavy else "elements"
-    return [("op", site.op, site.storage), ("kind", kind, site.storage)]
+    found = [("op", site.op, site.storage), ("kind", kind, site.storage)]
+    return [*found, ("kind", kind)] if site.kernel else found
 
 
 def _capped(db: float) -> float:
