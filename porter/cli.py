@@ -258,20 +258,24 @@ def diff(
     budget: Budget = "",
     data: Data = "",
     seed: Seed = 0,
+    blame: Annotated[bool, typer.Option("--blame", help="Find the nodes that the drift comes from.")] = False,
     json_: Json = False,
 ) -> None:
     """Measure how far B's output is from A's, on prefill and on cached decode steps; or a report from an
     earlier one."""
     from porter.diff import diff as run
     from porter.report import baseline
-    from porter.terminal import Stages, print_against, print_report
+    from porter.terminal import Stages, print_against, print_blame, print_report
 
     if against is not None:
         baseline.read(against)  # before any work
-    report = None
+    report = found = None
     if b is not None:
         with Stages(quiet=json_) as stages:
-            report = run(a, b, budget=budget, data=data, seed=seed, repeat=_command(), progress=stages.update)
+            found = _blamed(a, b, data, seed, stages.update) if blame else None
+            options = {"budget": budget, "data": data, "seed": seed, "repeat": _command()}
+            nodes = found.nodes() if found else ()
+            report = run(a, b, progress=stages.update, nodes=nodes, **options)
     elif against is None:
         hint = "porter diff A B, or --against BASELINE"
         raise OptionError("PORT-0623", "there is nothing to measure it against", where=str(a), hint=hint)
@@ -281,6 +285,8 @@ def diff(
     def show() -> None:
         if report is not None:
             print_report(report)
+        if found is not None:
+            print_blame(found)
         if beside is not None:
             print_against(beside)
 
@@ -291,6 +297,39 @@ def diff(
         raise over_budget(report)
     if beside is not None and not beside.ok:
         raise beside.refusal()
+
+
+@app.command()
+def blame(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="The ONNX file or bundle to compare with. Default: what the bundle was made from."),
+    ] = None,
+    data: Data = "",
+    seed: Seed = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Texts that run side by side.")] = 4,
+    top: Annotated[int, typer.Option(min=0, help="Nodes that are tried by substitution.")] = 6,
+    repro: Annotated[
+        Path | None, typer.Option(help="A folder for the worst node: its ONNX, inputs and a command.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Find the nodes of a bundle that its drift comes from: ONNX node, PyTorch module, pass and kernel."""
+    from porter.blame import blame_bundle, note
+    from porter.terminal import Stages, print_blame
+
+    options = {"data": data, "seed": seed, "samples": samples, "top": top, "out": repro}
+    with Stages(quiet=json_) as stages:
+        found = blame_bundle(bundle, reference, progress=stages.update, **options)
+    note(bundle, found)
+    _answer(found.to_dict(), json_, lambda: print_blame(found))
+
+
+def _blamed(a: Path, b: Path, data: str, seed: int, progress: Any) -> Any:
+    from porter.blame import run
+
+    return run(a, b, data=data, seed=seed, progress=progress)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from porter.estimate import lowered
 from porter.evidence import Port, gather, measured, standard
 from porter.options import Options, Progress, pipeline_text, searched, single_tokens
 from porter.pipeline import Pipeline, Step
+from porter.provenance import Provenance
 from porter.report import html, junit
 from porter.report import memory as figures
 from porter.report.report import DriftReport, Figure, Stage
@@ -137,18 +138,24 @@ def _kept(model: ir.Model, pipeline: Pipeline) -> list[select.Kept]:
 
 
 def run_passes(
-    pipeline: Pipeline, model: ir.Model, context: Context, progress: Progress, trail: Trail
+    pipeline: Pipeline, model: ir.Model, context: Context, progress: Progress, trail: Trail | None = None
 ) -> list[Step]:
-    """Run the pipeline, telling how far it is, and leave a `trail`."""
-    places = count()
+    """Run the pipeline, telling how far it is, and leave a `trail`; nodes then say which pass made them."""
+    places, provenance = count(), Provenance(model)
+
+    def reached(done: int, model: ir.Model) -> None:
+        if done:
+            provenance.after(pipeline.passes[done - 1].name, model)
+        if trail is not None:
+            trail.reached(done, model)
 
     def watch(step: object, model: ir.Model) -> None:
         done = next(places)
         progress("passes", done / len(pipeline.passes))
-        trail.reached(done, model)
+        reached(done, model)
 
     steps = pipeline.run(model, context, watch)
-    trail.reached(len(pipeline.passes), model)
+    reached(len(pipeline.passes), model)
     return steps
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from porter.drift import budget as budgets
@@ -19,11 +19,13 @@ def diff(
     data: str = "",
     seed: int = 0,
     repeat: str = "",
+    nodes: Sequence[Mapping[str, object]] = (),
     progress: Callable[[str, float], None] = lambda stage, fraction: None,
 ) -> DriftReport:
     """Measure `b` against `a` (each an ONNX file or a bundle) on `data`, or on text that `a` writes.
 
-    Raises what opening, reading and running them does; a budget that is not kept is the report's to say.
+    `nodes` are the report's (`porter.blame`). Raises what opening, reading and running them does; a budget
+    that is not kept is the report's to say.
     """
     allowed = budgets.parse(budget)
     started = time.perf_counter()
@@ -43,4 +45,5 @@ def diff(
         recomputed={"total": candidate.tally} if candidate.tally.steps else {},
         budget=allowed,
         repeat=repeat,
+        nodes=nodes,
     )

@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from porter.blame import Blamed
     from porter.report.baseline import Against
     from porter.report.report import DriftReport
 
@@ -94,6 +95,21 @@ def print_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str], lea
     if not console.is_terminal:
         console.width = max(console.width, least)
     console.print(table, markup=False)
+
+
+def print_blame(found: Blamed, most: int = 12) -> None:
+    """The verdict, then the worst nodes."""
+    from porter.drift.blame import verdict
+
+    print(found.verdict)
+    shown = [s for s in found.suspects if s.kind != "exact"][:most] or found.suspects[:3]
+    for line in verdict.table(shown):
+        print(line)
+    for stage in found.stages:
+        print(f"{stage.name}: {stage.candidate} against {stage.reference}, {stage.pairs} values compared, "
+              f"drift {stage.drift:.3g} {found.unit} (measured)")  # fmt: skip
+    if found.repro:
+        print(f"repro: {found.repro}")
 
 
 def print_facts(facts: Mapping[str, Any], indent: int = 0) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from porter.report import depth, planned, timeline, times, waterfall, words
+from porter.report import depth, front, planned, timeline, times, waterfall, words
 from porter.report.chart import chart
 from porter.report.report import DriftReport
 
@@ -41,6 +41,8 @@ def to_html(report: DriftReport, plan: Mapping[str, Any] | None = None) -> str:
             kept=words.kept(report),
             recomputed=words.recomputed(report.recomputed),
             searched=words.searched(report),
+            front=front.front(report.search, report.budget),
+            shares=front.shares(report.search),
             chart=chart(report.context),
             deep=depth.depth(report.depth),
             memory=planned.picture(plan) if plan else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ class HostRunner:
         self.in_place: dict[str, str] = plan["in_place"]
         self.bounds: dict[str, int] = plan["bounds"]
         self.machine = CPU
+
+    def instrument(self, watch: Callable[..., int]) -> None:
+        """Let `watch` be told of every call that the program makes; see `relax.VirtualMachine`."""
+        self._machine.set_instrument(watch)
 
     def run(self, feeds: Feeds) -> Feeds:
         """Outputs by name; one that overwrites an input is that input's own array, if that can be written."""

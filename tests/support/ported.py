@@ -22,6 +22,6 @@ def ported(
     """The plan of what is written into `folder`, and what the model's inputs and outputs mean."""
     options = Options(target=spec.name, weights=weights, activations=activations, kv=kv)
     pipeline = Pipeline.parse(pipeline_text(spec, options))
-    convert.run_passes(pipeline, model, Context(spec, {}, 0), lambda stage, fraction: None)
+    pipeline.run(model, Context(spec, {}, 0))
     known = decoder.recognise(model)
     return lower(model, spec, folder, convert._bounds(model, known)), known

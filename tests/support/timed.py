@@ -52,7 +52,7 @@ class Made:
 def made(model: ir.Model, spec: TargetSpec) -> Made:
     """`model` after the target's own passes, scheduled."""
     pipeline = Pipeline.parse(pipeline_text(spec, Options(target=spec.name)))
-    convert.run_passes(pipeline, model, Context(spec, {}, 0), lambda stage, fraction: None)
+    pipeline.run(model, Context(spec, {}, 0))
     found = decoder.recognise(model)
     return program(model, found, spec, convert._bounds(model, found))
 

@@ -42,7 +42,7 @@ def ported(source: Path, folder: Path, name: str, weights: str) -> tuple[Decode,
     spec = target.load(name)
     model = graph.load(source)
     pipeline = Pipeline.parse(pipeline_text(spec, Options(target=name, weights=weights)))
-    convert.run_passes(pipeline, model, Context(spec, {}, 0), lambda stage, fraction: None)
+    pipeline.run(model, Context(spec, {}, 0))
     found = decoder.recognise(model)
     plan = lower(model, spec, folder, convert._bounds(model, found))
     return Decode(HostRunner(folder), found, 3), plan.placement

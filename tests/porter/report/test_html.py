@@ -11,6 +11,7 @@ from porter.drift.depth import Level
 from porter.drift.measures import Drift
 from porter.report.chart import chart
 from porter.report.depth import depth
+from porter.report.front import front, shares
 from porter.report.html import to_html
 from porter.report.planned import picture
 from porter.report.report import DriftReport
@@ -296,3 +297,45 @@ def test_every_section_is_there_where_its_data_is(make_report, make_plan):
 def test_what_was_not_split_says_why(make_report):
     skipped = make_report(attribution=Attribution(skipped="the model has 7 weights"), plain=None)
     assert "Not split by its causes: the model has 7 weights." in Page(to_html(skipped)).text
+
+
+def searched_for():
+    """A search of four points, two of which were tried, and three places."""
+    tried = {0.004: 0.005, 0.0004: 0.0003}
+    points = [
+        {"cost": 100.0 * bits, "bits": {"weights": bits}, "promised": {"kl_mean": kl}, "measured": None}
+        for bits, kl in ((2.0, 0.04), (4.0, 0.004), (8.0, 0.0004), (32.0, 0.0))
+    ]
+    points += [
+        p | {"measured": {"kl_mean": tried[p["promised"]["kl_mean"]]}}
+        for p in points
+        if p["promised"]["kl_mean"] in tried
+    ]
+    chosen = (("weight", "int4-g32", 64), ("weight", "int4-g32", 16), ("weight", "", 20))
+    items = [{"kind": k, "chosen": c, "numbers": n, "name": "w"} for k, c, n in chosen]
+    facts = {"minimize": "bytes", "unit": "bytes", "kind": "measured", "cost": 4.0, "bound": 4.0}
+    more = {"bits": {"weights": 4.0}, "promised": {"kl_mean": 0.004}, "rounds": [points[-1]]}
+    return facts | more | {"front": points, "items": items}
+
+
+def test_the_front_of_a_search_is_drawn_on_decades():
+    found = front(searched_for(), {"kl_mean": 0.01})
+    line = [tuple(map(float, point.split(","))) for point in found.line.split()]
+    assert len(line) == 3  # a drift of 0 has no place on a logarithm
+    (x, y), (x2, y2), _ = line
+    assert x2 - x == pytest.approx((line[2][0] - x2) / 2, abs=0.2)  # 2 and 4 bits, 4 and 8 bits
+    assert y2 - y == pytest.approx(line[2][1] - y2, abs=0.2)  # a tenth each time
+    assert found.limit[1].startswith("budget")
+    assert y < found.limit[0] < y2
+    assert sorted(d.measured < d.promised for d in found.dots) == [False, True]  # worse is higher up
+    assert [(s.name, s.places, s.share) for s in shares(searched_for())] == [
+        ("weight: int4-g32", 2, "80 %"),
+        ("weight: as it is", 1, "20 %"),
+    ]
+    assert front({}, {}) is None
+
+
+def test_a_search_has_its_section(make_report):
+    page = Page(to_html(make_report(search=searched_for())))
+    assert "How formats were found" in page.text
+    assert "average bits of a weight" in page.text

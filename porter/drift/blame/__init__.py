@@ -1,0 +1,1 @@
+"""Blame: which nodes of a port, or of its lowered program, the drift comes from."""
