@@ -21,6 +21,7 @@ from porter.lower.tile.chip import Chip
 from porter.lower.tile.nests import substituted
 from porter.lower.tile.staging import COPY, FREE, VECTOR, VECTOR_OPS
 
+INIT = "product_init"  # the block that clears sums
 SPILL = "porter.spill"  # on the loop of a group, until `spilled` has seen it
 
 
@@ -53,6 +54,8 @@ class _Spill:
         if isinstance(node, tirx.SeqStmt):
             kept = [made for part in node.seq if (made := self.visit(part)) is not None]
             return kept[0] if len(kept) == 1 else tirx.SeqStmt(kept)
+        if isinstance(node, s_tir.SBlockRealize):  # TVM drops the loop of one half around what clears sums
+            return None if node.block.name_hint == INIT else node
         if not isinstance(node, tirx.For):
             return node
         if SPILL in node.annotations:
@@ -65,7 +68,7 @@ class _Spill:
         found: list[Any] = []
         tvm_ffi.structural_walk(node.body, (s_tir.SBlock, found.append))
         names = [block.name_hint for block in found]
-        if "product_init" in names:
+        if INIT in names:
             return None
         product = next((b for b in found if b.name_hint == "product_update_o"), None)
         if product is not None:

@@ -27,7 +27,7 @@ from porter.lower.tile.product import schedule as tiled
 from porter.lower.tile.search import choose
 from porter.lower.tile.tiling import UNKNOWN
 
-LARGER = (128, 512)  # each four of the last: between them at most a quarter of the rows of a tile are real
+LARGER = (128, 256, 512)  # up to 128 rows W binds everywhere, and rows that are none cost nothing
 
 
 def schedule(

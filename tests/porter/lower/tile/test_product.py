@@ -1,5 +1,7 @@
 """Scheduled products: the numbers of the kernel as it was, bit for bit, and float64's within its rounding."""
 
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -27,8 +29,8 @@ def test_of_any_number_of_rows(name: str, k: int, n: int) -> None:
     spec = chip(name)
     unit = Profile(spec).unit("int8")
     kernel = Product(Layout("int8", n, k, group=k, lanes=1), unit).kernel()
-    before, after = both(kernel, spec, {"m": 256})
-    for m in (1, 37, 130):
+    before, after = both(kernel, spec, {"m": 4096})
+    for m in (1, 37, 130, 300, 520):  # each in tiles of another size, the last in two of them
         x, codes, scale = inputs(m, k, n)
         got = after(x, codes, scale, shape=(m, n))
         np.testing.assert_array_equal(got, before(x, codes, scale, shape=(m, n)))
@@ -47,6 +49,25 @@ def test_of_rows_that_are_known(name: str, m: int) -> None:
     before, after = both(kernel, spec, {}, {"m": m})
     given = inputs(m, k, n)
     np.testing.assert_array_equal(after(*given, shape=(m, n)), before(*given, shape=(m, n)))
+
+
+def test_tiles_of_rows_are_no_larger_than_there_may_be_rows() -> None:
+    kernel = Product(Layout("bf16", 64, 64, lanes=1), Profile(chip("tpu-v6e")).unit("bf16")).kernel()
+    for most, sizes in ((32, []), (33, [32]), (200, [32, 128]), (4096, [32, 128, 256])):
+        found = scheduled(kernel, "kernel", chip("tpu-v6e"), {"m": most})
+        assert [int(n) for n in re.findall(r"if m <= T\.int64\((\d+)\)", found.script())] == sizes
+
+
+def test_tiles_that_do_not_fit_are_left_out() -> None:
+    """A unit step on Trainium has all rows of a tile, and more than 32 of this product do not fit."""
+    spec = chip("trainium2")
+    level = spec.memory["sbuf"]
+    small = level.model_copy(update={"size": level.size.model_copy(update={"value": 400_000})})
+    narrow = spec.model_copy(update={"memory": {**spec.memory, "sbuf": small}})
+    kernel = Product(Layout("int8", 40, 4096, group=4096, lanes=1), Profile(spec).unit("int8")).kernel()
+    for of, sizes in ((narrow, ["32"]), (spec, ["32", "128", "256"])):
+        found = scheduled(kernel, "kernel", of, {"m": 512})
+        assert re.findall(r"if m <= T\.int64\((\d+)\)", found.script()) == sizes
 
 
 def test_one_row_is_not_padded() -> None:
