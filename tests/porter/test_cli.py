@@ -17,6 +17,7 @@ from porter import __version__, cli
 from porter.errors import DriftError, TargetError
 
 COMMANDS = (
+    "blame",
     "convert",
     "diff",
     "estimate",
